@@ -1,0 +1,358 @@
+"""The manifest of a folder of shards: what lies where, and what it is.
+
+A folder of shards holds tar files, `samples.arrow` (one row per sample, memory-mapped) and `manifest.json`
+(versions, sizes, checksums, data sets), which is written last: a folder without it is unfinished. The
+manifest makes a tar randomly accessible and lets corruption be found that decoders accept in silence.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import numpy
+import pyarrow
+
+from framework.errors import DataError
+
+__all__ = [
+    "FORMAT",
+    "KINDS",
+    "MANIFEST_NAME",
+    "SAMPLES_NAME",
+    "SCHEMA",
+    "VERSION",
+    "DatasetInfo",
+    "Kind",
+    "Manifest",
+    "SampleInfo",
+    "ShardInfo",
+    "checksum",
+]
+
+FORMAT = "tubeworks-manifest"
+VERSION = 1
+MANIFEST_NAME = "manifest.json"
+SAMPLES_NAME = "samples.arrow"
+
+Kind = Literal["image", "video"]
+KINDS: tuple[Kind, Kind] = ("image", "video")
+"""The media kinds; their places are the numbers in the column `kind`."""
+
+SCHEMA = pyarrow.schema(
+    [
+        ("key", pyarrow.large_string()),
+        ("shard", pyarrow.uint32()),
+        ("offset", pyarrow.uint64()),
+        ("length", pyarrow.uint64()),
+        ("crc32", pyarrow.uint32()),
+        ("dataset", pyarrow.uint16()),
+        ("kind", pyarrow.uint8()),
+        ("label", pyarrow.int32()),
+        ("width", pyarrow.uint32()),
+        ("height", pyarrow.uint32()),
+        ("frames", pyarrow.uint32()),
+        ("fps", pyarrow.float32()),
+        ("keyframes", pyarrow.large_list(pyarrow.uint32())),
+        ("extension", pyarrow.large_string()),
+    ]
+)
+"""Columns of samples.arrow. `offset` and `length` are those of the media bytes inside the tar."""
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    """One tar file: its name in the folder, size in bytes, blake2b (16 bytes, hex) and number of samples."""
+
+    name: str
+    bytes: int
+    blake2b: str
+    samples: int
+
+
+@dataclass(frozen=True)
+class DatasetInfo:
+    """One data set inside the shards; a label is an index into `classes`."""
+
+    name: str
+    split: str
+    kind: Kind
+    classes: tuple[str, ...]
+    samples: int
+
+
+@dataclass(frozen=True)
+class SampleInfo:
+    """One sample. `frames` really decode; `fps` is 0 for images; `keyframes` are frame indices."""
+
+    index: int
+    key: str
+    shard: str
+    offset: int
+    length: int
+    crc32: int
+    dataset: str
+    kind: Kind
+    label: int
+    width: int
+    height: int
+    frames: int
+    fps: float
+    keyframes: numpy.ndarray
+    extension: str
+
+
+class Manifest:
+    """A folder of shards, opened for reading. Samples are ordered by (shard, offset)."""
+
+    def __init__(
+        self,
+        folder: Path,
+        digest: str,
+        shards: tuple[ShardInfo, ...],
+        datasets: tuple[DatasetInfo, ...],
+        batch: pyarrow.RecordBatch,
+    ) -> None:
+        self.folder = folder
+        self.hash = digest
+        self.shards = shards
+        self.datasets = datasets
+        self._batch = batch
+        self._columns: dict[str, numpy.ndarray] = {}
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Manifest:
+        """Read and check the manifest of `folder`: version, presence and sizes of all files.
+
+        Checksums are not computed here (`tubeworks data verify` does that), so that opening stays cheap.
+        Raises DataError that names the folder, what is wrong with it, and what to do.
+        """
+        folder = Path(folder)
+        raw = _read_manifest_file(folder)
+        content = _parse(folder, raw)
+        shards, datasets = _shards_of(folder, content), _datasets_of(folder, content)
+        _check_shard_files(folder, shards)
+        batch = _open_samples(folder, _field(folder, content, "samples"))
+        expected = sum(shard.samples for shard in shards)
+        if not len(batch) == expected == sum(dataset.samples for dataset in datasets):
+            raise DataError(
+                f"{folder}: {SAMPLES_NAME} lists {len(batch)} samples, the shards of {MANIFEST_NAME} hold"
+                f" {expected}: the files do not belong together; copy the folder again or shard anew"
+            )
+        return cls(folder, hashlib.blake2b(raw, digest_size=16).hexdigest(), shards, datasets, batch)
+
+    def __len__(self) -> int:
+        return len(self._batch)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Open again in the other process: a memory map does not travel."""
+        return (Manifest.open, (self.folder,))
+
+    def column(self, name: str) -> numpy.ndarray:
+        """One column as a read-only array (samples,): numbers as a view of the file, text as objects."""
+        if name not in self._columns:
+            if name not in SCHEMA.names or name == "keyframes":
+                raise KeyError(f"{name!r} is not a flat column of the manifest")
+            column = self._batch.column(name)
+            array = column.to_numpy(zero_copy_only=not pyarrow.types.is_large_string(column.type))
+            array.flags.writeable = False
+            self._columns[name] = array
+        return self._columns[name]
+
+    def sample(self, index: int) -> SampleInfo:
+        """All that is known of the sample at `index` (0 … len - 1)."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)} in {self.folder}")
+        row = {name: self._batch.column(name)[index].as_py() for name in SCHEMA.names if name != "keyframes"}
+        try:
+            row["shard"] = self.shards[row["shard"]].name
+            row["dataset"] = self.datasets[row["dataset"]].name
+            row["kind"] = KINDS[row["kind"]]
+        except IndexError:
+            raise DataError(
+                f"{self.folder / SAMPLES_NAME}: sample {index} points outside the manifest;"
+                " run `tubeworks data verify` on the folder, and copy or shard it anew"
+            ) from None
+        return SampleInfo(index=index, keyframes=self.keyframes(index), **row)
+
+    def keyframes(self, index: int) -> numpy.ndarray:
+        """Indices of the key frames of the sample at `index`, read-only uint32; empty for images."""
+        column = cast(pyarrow.LargeListArray, self._batch.column("keyframes"))
+        return column[index].values.to_numpy(zero_copy_only=True)
+
+    def dataset(self, name: str) -> DatasetInfo:
+        """The data set called `name`; DataError that lists what there is if it is not here."""
+        for dataset in self.datasets:
+            if dataset.name == name:
+                return dataset
+        raise DataError(f"{self.folder}: no data set {name!r} in these shards; there is {self._listing()}")
+
+    def find(self, dataset: str | None, default: str, kind: Kind) -> DatasetInfo:
+        """The data set for a source: the named one, else the one of its name, else the only one of `kind`.
+
+        Raises DataError, listing what there is, if that is none, several, or of the other kind.
+        """
+        if dataset is not None:
+            found = self.dataset(dataset)
+        else:
+            named = [candidate for candidate in self.datasets if candidate.name == default]
+            candidates = named or [candidate for candidate in self.datasets if candidate.kind == kind]
+            if len(candidates) != 1:
+                raise DataError(
+                    f"{self.folder}: source {default!r} needs one {kind} data set, and there is"
+                    f" {self._listing()}; say which with `dataset:`"
+                )
+            found = candidates[0]
+        if found.kind != kind:
+            raise DataError(
+                f"{self.folder}: data set {found.name!r} holds {found.kind}s, but source {default!r} asks for"
+                f" {kind}s; there is {self._listing()}"
+            )
+        return found
+
+    def select(self, dataset: str | None, default: str, kind: Kind) -> numpy.ndarray:
+        """Indices (int64, ascending) of the samples of the data set that `find` returns."""
+        number = self.datasets.index(self.find(dataset, default, kind))
+        return numpy.flatnonzero(self.column("dataset") == number).astype(numpy.int64, copy=False)
+
+    def _listing(self) -> str:
+        return ", ".join(f"{d.name} ({d.kind}, {d.samples} samples)" for d in self.datasets) or "nothing"
+
+
+def checksum(path: Path) -> str:
+    """blake2b (16 bytes, hex) of a whole file."""
+    digest = hashlib.blake2b(digest_size=16)
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _read_manifest_file(folder: Path) -> bytes:
+    path = folder / MANIFEST_NAME
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        if not folder.exists():
+            raise DataError(f"{folder}: no such folder; check the path, or make the shards first") from None
+        raise DataError(
+            f"{folder}: no {MANIFEST_NAME} here: not a folder of shards, or one that was copied in part;"
+            " make it with `tubeworks data shard`"
+        ) from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); check the permissions") from error
+
+
+def _parse(folder: Path, raw: bytes) -> Mapping[str, Any]:
+    path = folder / MANIFEST_NAME
+    try:
+        content = json.loads(raw)
+    except ValueError as error:
+        raise DataError(f"{path}: not JSON ({error}); copy the folder again or shard anew") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise DataError(f"{path}: not a manifest of shards (format is not {FORMAT!r})")
+    version = content.get("version")
+    if not isinstance(version, int) or version < 1:
+        raise DataError(f"{path}: version {version!r} is not a number from 1; copy the folder again")
+    if version > VERSION:
+        raise DataError(
+            f"{path}: version {version}, but this tubeworks reads up to version {VERSION}: upgrade tubeworks,"
+            " or shard the data again with this one"
+        )
+    return content
+
+
+def _field(folder: Path, content: Mapping[str, Any], name: str) -> Any:
+    try:
+        return content[name]
+    except KeyError:
+        raise DataError(f"{folder / MANIFEST_NAME}: has no {name!r}; copy the folder again") from None
+
+
+def _shards_of(folder: Path, content: Mapping[str, Any]) -> tuple[ShardInfo, ...]:
+    try:
+        shards = tuple(
+            ShardInfo(str(s["name"]), int(s["bytes"]), str(s["blake2b"]), int(s["samples"]))
+            for s in _field(folder, content, "shards")
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{folder / MANIFEST_NAME}: a shard entry is malformed ({error!r})") from error
+    for shard in shards:
+        # A foreign manifest must not make us read outside its folder.
+        if os.path.basename(shard.name) != shard.name or shard.name in ("", ".", ".."):
+            raise DataError(f"{folder / MANIFEST_NAME}: {shard.name!r} is not the name of a file beside it")
+    return shards
+
+
+def _datasets_of(folder: Path, content: Mapping[str, Any]) -> tuple[DatasetInfo, ...]:
+    try:
+        datasets = tuple(
+            DatasetInfo(
+                str(d["name"]),
+                str(d["split"]),
+                KINDS[KINDS.index(d["kind"])],
+                tuple(str(name) for name in d["classes"]),
+                int(d["samples"]),
+            )
+            for d in _field(folder, content, "datasets")
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{folder / MANIFEST_NAME}: a data set entry is malformed ({error!r})") from error
+    if len({dataset.name for dataset in datasets}) != len(datasets):
+        raise DataError(f"{folder / MANIFEST_NAME}: two data sets have the same name")
+    return datasets
+
+
+def _check_shard_files(folder: Path, shards: Sequence[ShardInfo]) -> None:
+    missing, wrong = [], []
+    for shard in shards:
+        try:
+            size = os.stat(folder / shard.name).st_size
+        except FileNotFoundError:
+            missing.append(shard.name)
+        except OSError as error:
+            raise DataError(f"{folder / shard.name}: {error.strerror}; check the permissions") from error
+        else:
+            if size != shard.bytes:
+                wrong.append(f"{shard.name} ({size} bytes instead of {shard.bytes})")
+    for names, what in ((missing, "missing"), (wrong, "of the wrong size")):
+        if names:
+            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+            raise DataError(
+                f"{folder}: {len(names)} of {len(shards)} shards {what}: {', '.join(names[:5])}{more};"
+                " copy them again from where the set was made, or shard anew"
+            )
+
+
+def _open_samples(folder: Path, entry: Any) -> pyarrow.RecordBatch:
+    """Memory-map samples.arrow after checking that it is the file that the manifest speaks of."""
+    path = folder / SAMPLES_NAME
+    advice = "copy the folder again or shard anew"
+    try:
+        size, count, name = int(entry["bytes"]), int(entry["count"]), entry["file"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{folder / MANIFEST_NAME}: the entry `samples` is malformed ({error!r})") from error
+    if name != SAMPLES_NAME:
+        raise DataError(f"{folder / MANIFEST_NAME}: samples must be in {SAMPLES_NAME}, not in {name!r}")
+    try:
+        actual = path.stat().st_size
+        if actual != size:
+            raise DataError(f"{path}: {actual} bytes instead of {size}: {advice}")
+        reader = pyarrow.ipc.open_file(pyarrow.memory_map(str(path)))
+        if reader.schema != SCHEMA or reader.num_record_batches != 1:
+            raise DataError(
+                f"{path}: not the table that version {VERSION} of the manifest describes; {advice}"
+            )
+        batch = reader.get_batch(0)
+    except FileNotFoundError:
+        raise DataError(f"{path}: missing; {advice}") from None
+    except (OSError, pyarrow.ArrowInvalid) as error:
+        raise DataError(f"{path}: cannot be read ({error}); {advice}") from error
+    if len(batch) != count:
+        raise DataError(f"{path}: {len(batch)} samples instead of {count}; {advice}")
+    return batch

@@ -1,0 +1,138 @@
+"""Writing a manifest: the table of samples first, manifest.json last, each by tmp + fsync + rename."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy
+import pyarrow
+
+from framework.data.manifest import (
+    FORMAT,
+    KINDS,
+    MANIFEST_NAME,
+    SAMPLES_NAME,
+    SCHEMA,
+    VERSION,
+    DatasetInfo,
+    ShardInfo,
+    checksum,
+)
+from framework.errors import DataError
+
+__all__ = ["replace_file", "sync_folder", "write_manifest"]
+
+
+def write_manifest(
+    folder: str | Path,
+    samples: Mapping[str, Any],
+    shards: Sequence[ShardInfo],
+    datasets: Sequence[DatasetInfo],
+) -> None:
+    """Write samples.arrow and then manifest.json beside shards that are there already.
+
+    `samples` maps each column of `SCHEMA` to a sequence or array; rows are ordered by (shard, offset). Equal
+    arguments give equal bytes. Raises DataError if the columns contradict the shards or the data sets.
+    """
+    folder = Path(folder)
+    batch = _record_batch(samples)
+    _check(folder, batch, shards, datasets)
+    # An old manifest must not vouch for the new table, should we be killed between the two files.
+    (folder / MANIFEST_NAME).unlink(missing_ok=True)
+    replace_file(folder / SAMPLES_NAME, lambda file: _write_batch(file, batch))
+    path = folder / SAMPLES_NAME
+    content = {
+        "format": FORMAT,
+        "version": VERSION,
+        "samples": {
+            "file": SAMPLES_NAME,
+            "bytes": path.stat().st_size,
+            "blake2b": checksum(path),
+            "count": len(batch),
+        },
+        "shards": [asdict(shard) for shard in shards],
+        "datasets": [asdict(dataset) for dataset in datasets],
+    }
+    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    replace_file(folder / MANIFEST_NAME, lambda file: file.write(text.encode()))
+
+
+def replace_file(path: Path, write: Callable[[BinaryIO], Any]) -> None:
+    """Let `write` fill a temporary file beside `path`, make it durable, and only then give it the name."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with temporary.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames inside `folder` durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _record_batch(samples: Mapping[str, Any]) -> pyarrow.RecordBatch:
+    if set(samples) != set(SCHEMA.names):
+        difference = sorted(set(samples) ^ set(SCHEMA.names))
+        raise DataError(f"the columns of a manifest are {', '.join(SCHEMA.names)}; wrong: {difference}")
+    arrays = [pyarrow.array(samples[field.name], type=field.type) for field in SCHEMA]
+    return pyarrow.RecordBatch.from_arrays(arrays, schema=SCHEMA)
+
+
+def _write_batch(file: BinaryIO, batch: pyarrow.RecordBatch) -> None:
+    with pyarrow.ipc.new_file(file, SCHEMA) as writer:
+        writer.write_batch(batch)
+
+
+def _check(
+    folder: Path, batch: pyarrow.RecordBatch, shards: Sequence[ShardInfo], datasets: Sequence[DatasetInfo]
+) -> None:
+    """The table, the shards and the data sets must tell the same story."""
+    columns = {
+        name: batch.column(name).to_numpy().astype(numpy.int64)
+        for name in ("shard", "offset", "length", "dataset", "kind", "label")
+    }
+    shard, dataset = columns["shard"], columns["dataset"]
+    per_shard = numpy.bincount(shard, minlength=len(shards))
+    per_dataset = numpy.bincount(dataset, minlength=len(datasets))
+    problem = None
+    if per_shard.tolist() != [entry.samples for entry in shards]:
+        problem = "the rows do not match the shards' sample counts"
+    elif per_dataset.tolist() != [entry.samples for entry in datasets]:
+        problem = "the rows do not match the data sets' sample counts"
+    elif len({entry.name for entry in datasets}) != len(datasets):
+        problem = "two data sets have the same name"
+    elif len(batch) and not _ordered(shard, columns["offset"]):
+        problem = "the rows are not ordered by (shard, offset)"
+    elif len(batch):
+        sizes = numpy.array([entry.bytes for entry in shards], dtype=numpy.int64)
+        classes = numpy.array([len(entry.classes) for entry in datasets], dtype=numpy.int64)
+        kinds = numpy.array([KINDS.index(entry.kind) for entry in datasets], dtype=numpy.int64)
+        if (columns["offset"] + columns["length"] > sizes[shard]).any():
+            problem = "a sample lies outside its shard"
+        elif ((columns["label"] < 0) | (columns["label"] >= classes[dataset])).any():
+            problem = "a label is outside its data set's classes"
+        elif (columns["kind"] != kinds[dataset]).any():
+            problem = "a sample's kind is not that of its data set"
+    if problem:
+        raise DataError(f"{folder}: cannot write the manifest: {problem}")
+
+
+def _ordered(shard: numpy.ndarray, offset: numpy.ndarray) -> bool:
+    same = shard[1:] == shard[:-1]
+    return bool(((shard[1:] > shard[:-1]) | (same & (offset[1:] > offset[:-1]))).all())
