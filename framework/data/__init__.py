@@ -1,1 +1,1 @@
-"""From shards to batches: manifest, plan, byte access, decoding, clips, augmentation and the loader."""
+"""Data: manifest, plan, byte access, decode, clip sampling, augmentation and the loader over them."""
