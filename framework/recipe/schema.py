@@ -1,0 +1,278 @@
+"""The schema of a run: what a recipe may say, and nothing else.
+
+Every section is a frozen pydantic model that forbids unknown keys. Rules that concern one section stand
+beside it; rules that concern several stand in `Recipe`. Composition of files, overrides and the wording of
+errors are in `framework.recipe.compose` and `framework.recipe.errors`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+__all__ = [
+    "Augment",
+    "Checkpoint",
+    "Clip",
+    "Data",
+    "Engine",
+    "Evaluation",
+    "Model",
+    "Optimizer",
+    "RandAugment",
+    "Recipe",
+    "Schedule",
+    "Source",
+    "Tracking",
+    "Train",
+    "Tube",
+]
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Triple = tuple[Positive, Positive, Positive]
+Offset = tuple[NonNegative, NonNegative, NonNegative]
+
+
+class Section(BaseModel):
+    """Base of all sections: frozen, and closed to unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Tube(Section):
+    """One tube shape; axes are (time, height, width) in frames and pixels (TubeViT §3.1, Table 12)."""
+
+    kernel: Triple
+    stride: Triple
+    offset: Offset = (0, 0, 0)
+    space_to_depth: Triple = (1, 1, 1)
+
+
+class Model(Section):
+    """What is built. `name` fixes the size; the optional fields override single numbers of it."""
+
+    name: str = "tubevit_b"
+    width: Positive | None = None
+    depth: Positive | None = None
+    heads: Positive | None = None
+    mlp_width: Positive | None = None
+    tubes: tuple[Tube, ...] | None = None
+    """None: the four tubes of Table 12. The first tube with a temporal kernel of 1 is shared with images."""
+    position: Literal["fixed", "none"] = "fixed"
+    pool: Literal["attention", "mean"] = "attention"
+    dropout: Fraction = 0.0
+    stochastic_depth: Fraction = 0.0
+
+
+class Clip(Section):
+    """How frames are taken from a video: every `stride`-th decoded frame, or `fps` frames a second."""
+
+    frames: Positive
+    stride: Positive | None = None
+    fps: Annotated[float, Field(gt=0)] | None = None
+
+    @model_validator(mode="after")
+    def _one_of_stride_and_fps(self) -> Clip:
+        if (self.stride is None) == (self.fps is None):
+            raise ValueError(
+                "say exactly one of `stride` (in decoded frames) and `fps` (in frames a second); "
+                "`null` unsets one that a base says"
+            )
+        return self
+
+
+class RandAugment(Section):
+    """RandAugment, the same operations on every frame of a clip (TubeViT Table 10: 2 layers, magnitude 10)."""
+
+    layers: Positive = 2
+    magnitude: Annotated[float, Field(ge=0, le=30)] = 10.0
+
+
+class Augment(Section):
+    """Random changes of training samples; evaluation takes fixed views instead."""
+
+    crop_area: tuple[Fraction, Fraction] = (0.25, 1.0)
+    """Range of the crop's share of the frame's area."""
+    crop_ratio: tuple[float, float] = (0.75, 1.3333)
+    """Range of the crop's width divided by its height."""
+    flip: Fraction = 0.5
+    """Probability of mirroring left and right; 0 where left and right carry meaning."""
+    randaugment: RandAugment | None = None
+
+
+class Source(Section):
+    """One stream of samples: which data set of which shards, and how its samples become tensors."""
+
+    path: str
+    """Folder of shards with its manifest."""
+    validation: str | None = None
+    """Folder of held-out shards with its manifest."""
+    dataset: str | None = None
+    """Data set inside mixed shards; by default the one named like the source, or the only one."""
+    kind: Literal["video", "image"]
+    classes: Positive
+    size: Positive = 224
+    """Height and width of the crop in pixels."""
+    clip: Clip | None = None
+    augment: Augment = Augment()
+    label_smoothing: Fraction = 0.0
+    mixup: Annotated[float, Field(ge=0)] = 0.0
+    """Alpha of the Beta distribution; 0 is off."""
+    loss_weight: Annotated[float, Field(ge=0)] = 1.0
+
+    @model_validator(mode="after")
+    def _clip_fits_kind(self) -> Source:
+        if self.kind == "video" and self.clip is None:
+            raise ValueError("a video source needs `clip: {frames: …, stride: … or fps: …}`")
+        if self.kind == "image" and self.clip is not None:
+            raise ValueError("an image source has no `clip`")
+        return self
+
+    @property
+    def frames(self) -> int:
+        """Frames of one sample; an image is the one-frame case."""
+        return self.clip.frames if self.clip else 1
+
+
+class Data(Section):
+    """The sources, and how many samples of each make one global step."""
+
+    sources: Annotated[dict[Name, Source], Field(min_length=1)]
+    mixture: Annotated[dict[Name, Positive], Field(min_length=1)]
+    block: Positive = 1024
+    """Samples of a lane that are shuffled together (see `framework.data.plan`)."""
+    workers: NonNegative = 2
+    """Processes per rank that decode; 0 decodes in the rank itself."""
+    prefetch: Positive = 2
+    """Micro-batches that each worker prepares ahead."""
+    on_corrupt: Literal["stop", "substitute"] = "stop"
+    """What to do with a sample whose checksum or decode fails; a substitute is fixed by the plan."""
+    max_corrupt: NonNegative = 100
+    """With `substitute`: stop all the same after so many corrupt samples in one attempt."""
+
+    @model_validator(mode="after")
+    def _mixture_names_sources(self) -> Data:
+        for name in self.mixture:
+            if name not in self.sources:
+                raise ValueError(
+                    f"mixture names `{name}`, which is not in sources ({', '.join(self.sources)})"
+                )
+        return self
+
+
+class Train(Section):
+    """Length and rhythm of training."""
+
+    steps: Positive
+    accumulation: Positive = 1
+    """Micro-batches per step and rank: the global batch is cut by ranks x accumulation."""
+    activation_checkpointing: bool = False
+    compile: bool = False
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+    log_every: Positive = 10
+    eval_every: NonNegative = 0
+    """Steps between evaluations on the held-out shards; 0: only at the end."""
+
+
+class Optimizer(Section):
+    """The optimizer; `clip` is the largest global gradient norm, None leaves gradients alone."""
+
+    name: Literal["adamw", "adam", "sgd"] = "adamw"
+    lr: Annotated[float, Field(gt=0)]
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    momentum: Fraction = 0.9
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Decoupled for adamw, added to the gradient for adam and sgd; not on biases, norms and vectors."""
+    clip: Annotated[float, Field(gt=0)] | None = 1.0
+
+
+class Schedule(Section):
+    """Linear warm-up, then the named decay to `final` x lr."""
+
+    name: Literal["cosine", "constant"] = "cosine"
+    warmup: NonNegative = 0
+    """Steps of linear warm-up."""
+    final: Fraction = 0.0
+
+
+class Engine(Section):
+    """DeepSpeed: what is sharded over the ranks, and in which numbers it computes."""
+
+    zero: Annotated[int, Field(ge=0, le=3)] = 1
+    precision: Literal["fp32", "bf16"] = "bf16"
+    offload: Literal["none", "optimizer", "all"] = "none"
+    """Keep the optimizer's states (ZeRO-1 to 3), or also the parameters (ZeRO-3), in host memory."""
+    bucket_mb: Positive = 200
+
+    @model_validator(mode="after")
+    def _offload_needs_sharding(self) -> Engine:
+        if self.offload == "all" and self.zero != 3:
+            raise ValueError("offload: all needs zero: 3 (only there are parameters sharded)")
+        if self.offload == "optimizer" and self.zero == 0:
+            raise ValueError("offload: optimizer needs zero: 1, 2 or 3")
+        if self.zero == 0 and self.precision == "bf16":
+            raise ValueError("zero: 0 is for fp32; bf16 takes zero: 1, which computes the same and costs less")
+        return self
+
+
+class Checkpoint(Section):
+    """When to save and what to keep."""
+
+    every: Positive = 1000
+    """Steps between checkpoints; the last step is always saved."""
+    keep: Positive = 3
+    """The newest so many stay."""
+    keep_every: NonNegative = 0
+    """Checkpoints at multiples of this step stay for ever; 0: none."""
+
+
+class Evaluation(Section):
+    """Views of a held-out sample and how many samples go through the model at once."""
+
+    temporal_views: Positive = 4
+    spatial_views: Literal[1, 3] = 3
+    batch: Positive = 16
+    """Samples per forward pass and rank."""
+
+
+class Tracking(Section):
+    """The MLflow mirror of the journal."""
+
+    mlflow: bool = True
+    uri: str | None = None
+    """Tracking server; None: `sqlite:///mlflow.db` beside the run folder (local disks only)."""
+    experiment: str = "tubeworks"
+    system_metrics: bool = True
+
+
+class Recipe(Section):
+    """A whole run."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+    description: str = ""
+    published: dict[str, str] = {}
+    """The result that the run should give, and where it was published."""
+    seed: NonNegative = 0
+    model: Model
+    data: Data
+    optimizer: Optimizer
+    train: Train
+    schedule: Schedule = Schedule()
+    engine: Engine = Engine()
+    checkpoint: Checkpoint = Checkpoint()
+    evaluation: Evaluation = Evaluation()
+    tracking: Tracking = Tracking()
+
+    @model_validator(mode="after")
+    def _warmup_fits(self) -> Recipe:
+        if self.schedule.warmup >= self.train.steps and self.schedule.warmup > 0:
+            raise ValueError(
+                f"schedule.warmup ({self.schedule.warmup}) must be smaller than "
+                f"train.steps ({self.train.steps})"
+            )
+        return self

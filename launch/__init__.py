@@ -1,0 +1,1 @@
+"""Starting and watching runs: the command line, and ranks on this machine."""
