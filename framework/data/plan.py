@@ -3,8 +3,9 @@
 Nothing else decides order: not ranks, nodes, workers, prefetch, nor where a run was interrupted. The state
 of the data is the step number and the plan's hash.
 
-A source of N samples gives `count` = c samples to every step. The sample at place j of step s has the global
-position g = s·c + j; it belongs to epoch e = g // N at position p = g % N. Each epoch orders the N samples so:
+A source of N samples gives `count` = c samples to every step. The sample at place j of step s has the
+global position g = s·c + j; it belongs to epoch e = g // N at position p = g % N. Each epoch orders the N
+samples so:
 
 1. shards are permuted by a hash of (seed, source, epoch, shard); the samples of a shard keep their order;
 2. the sequence is rotated by a hash of (seed, source, epoch), so that lanes hold other neighbours each epoch;

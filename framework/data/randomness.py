@@ -94,7 +94,7 @@ class Draws:
         return low + (high - low) * ((self.word() >> 11) * 2.0**-53)
 
     def integer(self, count: int) -> int:
-        """An integer in [0, count); `count` must be positive. The bias of the reduction is below count / 2^64."""
+        """An integer in [0, count), count > 0; the reduction's bias is below count / 2^64."""
         return (self.word() * count) >> 64
 
     def chance(self, probability: float) -> bool:

@@ -17,7 +17,7 @@ def test_scalar_and_vector_hash_agree(key: int, values: list[int]) -> None:
 
 
 def test_splitmix64_is_the_published_one() -> None:
-    # First outputs of splitmix64 seeded with 1234567, as listed by Rosetta Code (task "Pseudo-random numbers").
+    # First outputs of splitmix64 seeded with 1234567, as Rosetta Code lists them.
     expected = [6457827717110365317, 3203168211198807973, 9817491932198370423]
     golden = 0x9E3779B97F4A7C15
     assert [mix((1234567 + golden * count) % 2**64, 0) for count in range(3)] == expected
