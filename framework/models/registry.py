@@ -1,0 +1,96 @@
+"""The models that a recipe can name."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+
+from torch import nn
+
+from framework.errors import RecipeError
+from framework.models.inputs import InputSpec, inputs_of
+from framework.models.tubes import PAPER_TUBES
+from framework.models.tubevit import Size, TubeViT
+from framework.recipe.schema import Model
+
+__all__ = ["SIZES", "InputSpec", "build_model", "inputs_of", "model_names", "size_of"]
+
+SIZES = {
+    "tubevit_ti": Size(width=192, depth=12, heads=3, mlp_width=768),
+    "tubevit_s": Size(width=384, depth=12, heads=6, mlp_width=1536),
+    "tubevit_b": Size(width=768, depth=12, heads=12, mlp_width=3072),
+    "tubevit_l": Size(width=1024, depth=24, heads=16, mlp_width=4096),
+    "tubevit_h": Size(width=1280, depth=32, heads=16, mlp_width=5120),
+}
+"""B, L and H are those of the paper (Table 11), Ti and S those of DeiT.
+
+H has tube kernels of its own full width. The paper's H keeps the kernels that were trained in B, at 768 channels:
+its published 635 M parameters are 632 M of the encoder and 3 M of kernels.
+"""
+
+
+def model_names() -> list[str]:
+    """All names that `model.name` may take."""
+    return list(SIZES)
+
+
+def size_of(model: Model) -> Size:
+    """The numbers of the encoder: those of the name, with single ones overridden by the recipe.
+
+    Without `mlp_width` the MLP keeps four times the width.
+
+    Errors:
+        RecipeError: no such model, or a width that the heads do not divide.
+    """
+    if model.name not in SIZES:
+        near = difflib.get_close_matches(model.name, SIZES, n=1, cutoff=0.0)
+        raise RecipeError(
+            f"model.name: there is no model `{model.name}`; did you mean `{near[0]}`? "
+            f"Known are {', '.join(SIZES)}."
+        )
+    known = SIZES[model.name]
+    width, heads = model.width or known.width, model.heads or known.heads
+    if width % heads:
+        working = [count for count in range(1, width + 1) if width % count == 0 and width // count >= 8]
+        raise RecipeError(
+            f"model.width {width} cannot be cut into {heads} heads; "
+            f"model.heads that work: {', '.join(map(str, working)) or 'none'}"
+        )
+    return Size(width, model.depth or known.depth, heads, model.mlp_width or 4 * width)
+
+
+def build_model(model: Model, inputs: Mapping[str, InputSpec]) -> nn.Module:
+    """Build the model of a recipe with random weights, drawn from torch's global generator.
+
+    Errors:
+        RecipeError: the recipe's `model` section does not describe a model.
+        ModelError: a tube does not fit a source; the message names both.
+    """
+    size = size_of(model)
+    _check_rates(model)
+    _check_source_names(inputs)
+    return TubeViT(
+        size,
+        PAPER_TUBES if model.tubes is None else model.tubes,
+        inputs,
+        position=model.position,
+        pool=model.pool,
+        dropout=model.dropout,
+        stochastic_depth=model.stochastic_depth,
+    )
+
+
+def _check_rates(model: Model) -> None:
+    for key in ("dropout", "stochastic_depth"):
+        if getattr(model, key) >= 1:
+            raise RecipeError(f"model.{key} must be smaller than 1: at 1 nothing would get through")
+
+
+def _check_source_names(inputs: Mapping[str, InputSpec]) -> None:
+    """Names of sources become names of parameters, and torch has rules for those."""
+    for name in inputs:
+        if not name or "." in name or hasattr(nn.ModuleDict, name) or name == "training":
+            raise RecipeError(
+                f"data.sources: `{name}` cannot name a source, because its classifier could not be stored under "
+                f"that name; take one without dots that is no word of torch, such as `{name.replace('.', '_')}_data`"
+            )

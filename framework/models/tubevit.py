@@ -1,0 +1,158 @@
+"""TubeViT: one transformer for images and videos, reading sparse tubes (arXiv 2212.03229)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from framework.errors import ModelError
+from framework.models.inputs import InputSpec
+from framework.models.layers import Block, Groups, Head, LayerNorm
+from framework.models.noise import depth_scales, dropout, dropout_seeds
+from framework.models.pooling import AttentionPool, MeanPool
+from framework.models.tubes import CHANNELS, TubeTokenizer
+from framework.recipe.schema import Tube
+
+__all__ = ["Size", "TubeViT"]
+
+
+@dataclass(frozen=True)
+class Size:
+    """The numbers of a transformer encoder."""
+
+    width: int
+    depth: int
+    heads: int
+    mlp_width: int
+
+
+class TubeViT(nn.Module):
+    """Tubes, a pre-norm ViT encoder, attention pooling, and one classifier per source.
+
+    Images and videos go through in one pass: the tokens of all groups form one matrix (see `layers`).
+    Set `activation_checkpointing` to compute blocks a second time in the backward pass instead of keeping what is
+    inside them.
+    """
+
+    def __init__(
+        self,
+        size: Size,
+        tubes: Sequence[Tube],
+        inputs: Mapping[str, InputSpec],
+        *,
+        position: Literal["fixed", "none"] = "fixed",
+        pool: Literal["attention", "mean"] = "attention",
+        dropout: float = 0.0,
+        stochastic_depth: float = 0.0,
+    ) -> None:
+        """Build with random weights.
+
+        Errors:
+            ModelError: a tube does not fit the width or a source; the message names it.
+        """
+        super().__init__()
+        self.size = size
+        self.inputs = dict(inputs)
+        self.dropout = dropout
+        self.stochastic_depth = stochastic_depth
+        self.activation_checkpointing = False
+        self.tokenizer = TubeTokenizer(tubes, size.width, positions=position == "fixed")
+        for name, spec in self.inputs.items():
+            self._check_tubes_fit(name, (spec.frames, spec.size, spec.size))
+        self.blocks = nn.ModuleList(
+            Block(size.width, size.heads, size.mlp_width, dropout) for _ in range(size.depth)
+        )
+        self.norm = LayerNorm(size.width)
+        self.pool = AttentionPool(size.width, size.heads) if pool == "attention" else MeanPool()
+        self.heads = nn.ModuleDict({name: Head(size.width, spec.classes) for name, spec in inputs.items()})
+
+    def forward(
+        self, pixels: Mapping[str, Tensor], seeds: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """Logits of all samples of a micro-batch.
+
+        Args:
+            pixels: per source (batch, 3, frames, height, width); uint8, or floats that are normalised already. One
+                frame is an image. Any subset of the sources, each with a batch of its own.
+            seeds: per source int64 (batch,), for stochastic depth and dropout. None, or a model in evaluation
+                mode: both are off.
+
+        Returns:
+            Per source float32 (batch, classes).
+
+        Errors:
+            ModelError: an unknown source, a wrong shape, or a clip that a tube does not fit.
+        """
+        names = self._sources(pixels)
+        groups = tuple(self._group(name, pixels[name]) for name in names)
+        tokens = self.tokenizer([pixels[name] for name in names])
+        if self.training and seeds is not None:
+            tokens = self._encode_with_noise(tokens, groups, torch.cat([seeds[name] for name in names]))
+        else:
+            tokens = self._encode(tokens, groups)
+        pooled = self.pool(self.norm(tokens), groups).split([samples for samples, _ in groups])
+        return {name: self.heads[name](part) for name, part in zip(names, pooled, strict=True)}
+
+    def _encode(
+        self, tokens: Tensor, groups: Groups, depth: Tensor | None = None, seeds: Tensor | None = None
+    ) -> Tensor:
+        """Run all blocks; `depth` and `seeds` hold the noise of all layers, layers first."""
+        for layer, block in enumerate(self.blocks):
+            noise = (None if depth is None else depth[layer], None if seeds is None else seeds[layer])
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                # The noise is an argument and nothing draws from a generator: there is no state to preserve.
+                tokens = checkpoint(
+                    block, tokens, groups, *noise, use_reentrant=False, preserve_rng_state=False
+                )
+            else:
+                tokens = block(tokens, groups, *noise)
+        return tokens
+
+    def _encode_with_noise(self, tokens: Tensor, groups: Groups, seeds: Tensor) -> Tensor:
+        layers = len(self.blocks)
+        depth = element_seeds = None
+        if self.stochastic_depth > 0:
+            depth = depth_scales(seeds, groups, layers, self.stochastic_depth, tokens.dtype)
+        if self.dropout > 0:
+            all_seeds = dropout_seeds(seeds, groups, layers)
+            tokens = dropout(tokens, all_seeds[0], self.dropout)
+            element_seeds = all_seeds[1:].view(layers, 2, -1)
+        return self._encode(tokens, groups, depth, element_seeds)
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that weight decay should leave alone: biases, norms and the pooling query."""
+        names = set()
+        for name, parameter in self.named_parameters():
+            shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 flattens what it partitions
+            if len(shape) <= 1 or name == "pool.query":
+                names.add(name)
+        return names
+
+    def _sources(self, pixels: Mapping[str, Tensor]) -> list[str]:
+        """The sources of this micro-batch in the model's own order, the same on every rank."""
+        unknown = [name for name in pixels if name not in self.inputs]
+        if unknown or not pixels:
+            wrong = f"unknown source {', '.join(unknown)}" if unknown else "no source at all"
+            raise ModelError(f"{wrong} in the input; this model was built for {', '.join(self.inputs)}")
+        return [name for name in self.inputs if name in pixels]
+
+    def _group(self, name: str, pixels: Tensor) -> tuple[int, int]:
+        if pixels.ndim != 5 or pixels.shape[1] != CHANNELS:
+            raise ModelError(
+                f"source {name}: pixels must be (batch, {CHANNELS}, frames, height, width), "
+                f"not {tuple(pixels.shape)}"
+            )
+        samples, _, frames, height, width = pixels.shape
+        return samples, self._check_tubes_fit(name, (frames, height, width))
+
+    def _check_tubes_fit(self, name: str, clip: tuple[int, int, int]) -> int:
+        """Count the tokens of a clip; the error of a tube that does not fit also names the source."""
+        try:
+            return sum(grid.tokens for grid in self.tokenizer.grids(clip))
+        except ModelError as error:
+            raise ModelError(f"source {name}: {error}") from error
