@@ -222,7 +222,7 @@ def emit(value: dict[str, Any], comments: dict[str, str] | None = None) -> str:
     `comments` maps dotted keys to what is written behind their line.
     """
     rows = list(_rows(value, 0, ()))
-    width = min(max((len(text) for text, _ in rows), default=0), 70)
+    width = min(max((len(text) for text, _ in rows), default=0), 56)
     lines: list[str] = []
     for text, key in rows:
         comment = (comments or {}).get(key)

@@ -86,7 +86,7 @@ class Clip(Section):
 
 
 class RandAugment(Section):
-    """RandAugment, the same operations on every frame of a clip (TubeViT Table 10: 2 layers, magnitude 10)."""
+    """RandAugment, the same operations on every frame of a clip (TubeViT Table 10: 2, magnitude 10)."""
 
     layers: Positive = 2
     magnitude: Annotated[float, Field(ge=0, le=30)] = 10.0
@@ -216,7 +216,9 @@ class Engine(Section):
         if self.offload == "optimizer" and self.zero == 0:
             raise ValueError("offload: optimizer needs zero: 1, 2 or 3")
         if self.zero == 0 and self.precision == "bf16":
-            raise ValueError("zero: 0 is for fp32; bf16 takes zero: 1, which computes the same and costs less")
+            raise ValueError(
+                "zero: 0 is for fp32; bf16 takes zero: 1, which computes the same and costs less"
+            )
         return self
 
 

@@ -1,0 +1,186 @@
+"""The command line `tubeworks`: names, options and help; the work is done elsewhere.
+
+Whatever takes long to import (torch, DeepSpeed, MLflow, pydantic) is imported inside the commands, so that
+`tubeworks --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+from typer.core import TyperGroup
+
+from framework import __version__
+from framework.errors import TubeworksError
+
+__all__ = ["app", "main"]
+
+
+class _Root(TyperGroup):
+    """Turns what commands raise into messages and exit codes; a defect keeps its traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            result = super().invoke(ctx)
+            sys.stdout.flush()
+        except TubeworksError as error:
+            typer.echo(f"error: {error}", err=True)
+            sys.exit(error.exit_code)
+        except KeyboardInterrupt:
+            typer.echo("interrupted", err=True)
+            sys.exit(130)
+        except BrokenPipeError:
+            # whoever read our output has left; Python must not complain when it flushes at exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(141)
+        return result
+
+
+app = typer.Typer(
+    cls=_Root,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+recipe_app = typer.Typer(no_args_is_help=True, help="Look at recipes.")
+checkpoint_app = typer.Typer(no_args_is_help=True, help="List, verify and prune the checkpoints of a run.")
+if importlib.util.find_spec("data_tools.cli"):
+    from data_tools.cli import app as data_app
+
+    app.add_typer(data_app, name="data")
+app.add_typer(recipe_app, name="recipe")
+app.add_typer(checkpoint_app, name="ckpt")
+
+RecipeName = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="Path of a recipe, or name of an installed one.")
+]
+Overrides = Annotated[
+    Optional[list[str]],  # noqa: UP045 - typer evaluates it on Python 3.10
+    typer.Argument(metavar="[KEY=VALUE]...", help="Values that replace the recipe's: train.steps=100."),
+]
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of the run.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+Ranks = Annotated[Optional[int], typer.Option(min=1, help="Processes on this machine.")]  # noqa: UP045
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"tubeworks {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Pretrain joint image-and-video transformers from shards, on DeepSpeed, recorded in MLflow."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
+    for package in ("framework", "launch", "data_tools"):
+        logging.getLogger(package).setLevel(logging.INFO)
+
+
+@app.command()
+def train(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    ranks: Ranks = None,
+    run: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Folder of the run, by default runs/NAME; an existing one is continued."),
+    ] = None,
+) -> None:
+    """Train a recipe, or go on where its run folder stopped.
+
+    Under torchrun or srun the processes come from their environment.
+    """
+    from framework.recipe import load_recipe
+    from launch.local import train_command
+
+    train_command(load_recipe(recipe, overrides or ()), overrides or [], ranks, run)
+
+
+@app.command("eval")
+def evaluate(
+    run: Run,
+    views: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="TxS", help="Temporal x spatial views, such as 4x3; by default the recipe's."),
+    ] = None,
+    shuffle_frames: Annotated[
+        bool,
+        typer.Option("--shuffle-frames", help="Shuffle each clip's frames: what is left does not read time."),
+    ] = False,
+    ranks: Ranks = None,
+    weights: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            metavar="ema|raw", help="Averaged or raw weights; by default averaged where there are any."
+        ),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Evaluate the newest checkpoint of a run on its held-out shards."""
+    from framework.evaluation.command import evaluate_command
+
+    evaluate_command(
+        run, views=views, shuffle_frames=shuffle_frames, ranks=ranks, weights=weights, as_json=as_json
+    )
+
+
+@app.command()
+def describe(
+    name: Annotated[str, typer.Argument(metavar="MODEL|RECIPE", help="Name of a model, or a recipe.")],
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say what a model is: tubes, tokens, parameters and FLOPs."""
+    from framework.models.describe import describe as describe_model
+
+    describe_model(name, overrides or [], as_json=as_json)
+
+
+@app.command()
+def sync(run: Run) -> None:
+    """Send what the journal of a run holds and MLflow does not have yet."""
+    from framework.tracking import sync as sync_run
+
+    sync_run(run)
+
+
+@recipe_app.command("show")
+def recipe_show(recipe: RecipeName, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Print the whole recipe, and for each value where it comes from."""
+    from framework.recipe import load_recipe
+    from framework.recipe.show import report, show
+
+    resolved = load_recipe(recipe, overrides or ())
+    typer.echo(json.dumps(report(resolved), indent=2) if as_json else show(resolved).rstrip("\n"))
+
+
+@recipe_app.command("list")
+def recipe_list(as_json: AsJson = False) -> None:
+    """Print the names of the installed recipes and what they are."""
+    from framework.recipe import load_recipe, recipe_names
+
+    found = {name: load_recipe(name).recipe.description for name in recipe_names()}
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+        return
+    width = max(map(len, found), default=0)
+    for name, description in found.items():
+        typer.echo(f"{name:<{width}}  {description}".rstrip())
+
+
+def main() -> None:
+    """Run the command line; leaves the process with the exit code."""
+    app()
