@@ -1,0 +1,1 @@
+"""Training: the loop, the DeepSpeed engine, optimizers, losses, checkpoints and signals."""

@@ -1,0 +1,120 @@
+"""Starting the process group, and agreeing between ranks on small things over the CPU."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+
+from framework.errors import TubeworksError
+from framework.world import World
+
+__all__ = ["Peers", "choose_device", "start_process_group"]
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+def choose_device(world: World) -> torch.device:
+    """The accelerator of this rank, or the CPU where there is none."""
+    if torch.cuda.is_available():
+        device = torch.device("cuda", world.local_rank % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+        return device
+    return torch.device("cpu")
+
+
+def start_process_group(world: World, device: torch.device) -> Peers:
+    """Start torch.distributed through DeepSpeed: nccl on GPUs, gloo on CPUs.
+
+    MASTER_ADDR and MASTER_PORT must be in the environment when there is more than one rank.
+    """
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
+    os.environ.update(RANK=str(world.rank), WORLD_SIZE=str(world.size), LOCAL_RANK=str(world.local_rank))
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", "0" if world.size == 1 else "29500")
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    if device.type == "cpu":
+        # Its shared-memory all-reduce is compiled at first use (a minute, and a C++ compiler), and a killed
+        # run leaves its segments behind; gloo needs neither.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    deepspeed.init_distributed(
+        dist_backend=backend,
+        auto_mpi_discovery=False,
+        dist_init_required=None,
+        verbose=False,
+        timeout=timedelta(minutes=30),
+    )
+    group = dist.new_group(backend="gloo") if backend != "gloo" else dist.group.WORLD
+    return Peers(world, group)
+
+
+class Peers:
+    """Agreement between ranks over a CPU group, so that it never waits for the device."""
+
+    def __init__(self, world: World, group: Any) -> None:
+        self.world = world
+        self._group = group
+
+    def highest(self, values: Sequence[int]) -> list[int]:
+        """The largest of each value over all ranks."""
+        if self.world.size == 1:
+            return list(values)
+        tensor = torch.tensor(values, dtype=torch.int64)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self._group)
+        return tensor.tolist()
+
+    def gather(self, value: Any) -> list[Any]:
+        """The value of every rank, in the order of ranks, on every rank."""
+        if self.world.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world.size
+        dist.all_gather_object(values, value, group=self._group)
+        return values
+
+    def from_main(self, value: Any) -> Any:
+        """The value of rank 0, on every rank."""
+        return self.gather(value)[0]
+
+    def on_main(self, work: Callable[[], T]) -> T:
+        """Let rank 0 do something and give every rank its result, or its error."""
+        result: T | None = None
+        failure: TubeworksError | None = None
+        if self.world.is_main:
+            try:
+                result = work()
+            except TubeworksError as error:
+                failure = error
+        result, failure = self.from_main((result, failure))
+        if failure is not None:
+            raise failure
+        return cast(T, result)
+
+    def raise_first(self, failure: TubeworksError | None) -> None:
+        """Raise on every rank the error of the lowest rank that has one."""
+        for rank, error in enumerate(self.gather(failure)):
+            if error is not None:
+                if self.world.size > 1:
+                    log.error("rank %d stopped the run", rank)
+                raise error
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """The sum of a small tensor over all ranks, on the CPU in float64."""
+        total = values.detach().to("cpu", torch.float64)
+        if self.world.size > 1:
+            dist.all_reduce(total, group=self._group)
+        return total
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        if self.world.size > 1:
+            dist.barrier(group=self._group)

@@ -1,0 +1,38 @@
+"""Evaluation on the held-out shards in the middle and at the end of training, with the weights as they are."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from framework.data.sources import open_sources
+from framework.evaluation.run import SourceResult, evaluate
+from framework.training.session import Session
+
+__all__ = ["evaluate_held_out"]
+
+
+def evaluate_held_out(session: Session) -> dict[str, SourceResult]:
+    """Every held-out sample of every source that names a `validation` folder, once; empty without one."""
+    recipe = session.recipe
+    sources = open_sources(recipe, "validation")
+    if not sources:
+        return {}
+    model = session.engine.module
+
+    @torch.no_grad()
+    def forward(pixels: dict[str, Tensor]) -> dict[str, Tensor]:
+        return model(pixels)
+
+    model.eval()
+    try:
+        return evaluate(
+            forward,
+            sources,
+            session.peers.world,
+            session.device,
+            recipe.evaluation,
+            workers=recipe.data.workers,
+        )
+    finally:
+        model.train()

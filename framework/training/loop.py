@@ -1,0 +1,189 @@
+"""The training of one run, from top to bottom."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from framework.data.loader import Batch, training_batches
+from framework.data.sources import build_plan, open_sources
+from framework.errors import TrainingStopped, TubeworksError
+from framework.models.registry import build_model, inputs_of
+from framework.recipe import recipe_hash
+from framework.recipe.schema import Recipe
+from framework.training.checkpoint import CheckpointReader, choose_checkpoint, prune, save_checkpoint
+from framework.training.distributed import Peers, choose_device, start_process_group
+from framework.training.engine import start_engine
+from framework.training.held_out import evaluate_held_out
+from framework.training.meters import Meters
+from framework.training.optim import learning_rate
+from framework.training.run_folder import append_event, check_continuation, open_run
+from framework.training.session import Session
+from framework.training.signals import SignalFlag
+from framework.training.state import TrainState
+from framework.training.step import micro_step, seed_step
+from framework.training.recorder import Recorder
+from framework.world import World
+
+__all__ = ["train"]
+
+log = logging.getLogger(__name__)
+
+
+def train(recipe: Recipe, run: Path, world: World, signals: SignalFlag) -> int:
+    """Train a recipe in a run folder, going on from its newest valid checkpoint if it has one.
+
+    Returns the number of the signal that ended training early, after a checkpoint; 0 at the regular end.
+
+    Errors:
+        TubeworksError: with a message for the user, on every rank.
+    """
+    device = choose_device(world)
+    peers = start_process_group(world, device)
+    session = prepare(recipe, run, device, peers, signals)
+    recorder = Recorder(session, peers.on_main(lambda: record_attempt(session)))
+    status = "FAILED"
+    try:
+        stopped_by = run_steps(session, recorder)
+        if not stopped_by:
+            recorder.evaluated(recipe.train.steps, evaluate_held_out(session))
+        status = "KILLED" if stopped_by else "FINISHED"
+    finally:
+        recorder.close(status)
+    return stopped_by
+
+
+def prepare(recipe: Recipe, run: Path, device: torch.device, peers: Peers, signals: SignalFlag) -> Session:
+    """Everything that can fail before the first step: data, plan, checkpoint, model, engine."""
+    sources = open_sources(recipe, "train")
+    plan = build_plan(recipe, sources)
+    plan.check(peers.world.size, recipe.train.accumulation)
+    peers.on_main(lambda: check_continuation(run, recipe))
+    checkpoint = choose_checkpoint(run, peers)
+    reader = CheckpointReader(checkpoint) if checkpoint else None
+
+    torch.manual_seed(recipe.seed)
+    model = build_model(recipe.model, inputs_of(recipe))
+    model.activation_checkpointing = recipe.train.activation_checkpointing  # type: ignore[assignment]
+    if reader:
+        model.load_state_dict(reader.weights())
+    engine = start_engine(model, recipe, peers.world, device)
+    state = TrainState(engine, recipe.train.ema_decay)
+    if reader:
+        state.restore(reader.read, reader.kinds, reader.manifest["optimizer_steps"])
+    start = reader.step if reader else 0
+    return Session(recipe, run, device, peers, signals, sources, plan, engine, state, start)
+
+
+def record_attempt(session: Session) -> int:
+    """Write down that an attempt begins; returns its number."""
+    session.run.mkdir(parents=True, exist_ok=True)
+    return open_run(session.run, session.recipe, session.peers.world, session.plan.hash, session.start)
+
+
+def run_steps(session: Session, recorder: Recorder) -> int:
+    """The steps that are left; returns the signal that ended them early, or 0."""
+    recipe, peers, engine = session.recipe, session.peers, session.engine
+    steps, accumulation = recipe.train.steps, recipe.train.accumulation
+    schemas = {name: opened.source for name, opened in session.sources.items()}
+    weights = {name: schemas[name].loss_weight for name in recipe.data.mixture}
+    meters = Meters(recipe.data.mixture, session.device)
+    batches = training_batches(
+        recipe, session.sources, session.plan, peers.world, start_step=session.start, stop_step=steps
+    )
+    for step in range(session.start, steps):
+        began = time.perf_counter()
+        micro_batches = next_step(batches, accumulation, peers)
+        waited = time.perf_counter() - began
+        recorder.fed(step, micro_batches)
+
+        lr = learning_rate(step, base=recipe.optimizer.lr, steps=steps, schedule=recipe.schedule)
+        for group in engine.optimizer.param_groups:
+            group["lr"] = lr
+        for batch in micro_batches:
+            seed_step(recipe.seed, step, batch.micro, peers.world.rank)
+            engine.backward(micro_step(engine, batch, schemas, session.device, meters))
+            engine.step()
+        finish_step(session, step)
+
+        done = step + 1
+        meters.step_done(waited, (batch.seconds for batch in micro_batches))
+        if done % recipe.train.log_every == 0 or done == steps:
+            metrics = meters.collect(peers, weights) | optimizer_metrics(session, lr)
+            recorder.log(done, metrics)
+            stop_if_not_finite(metrics, done)
+            meters.reset()
+        stop = peers.highest([session.signals.received])[0]
+        if done % recipe.checkpoint.every == 0 or done == steps or stop:
+            save(session, done, recorder)
+        if recipe.train.eval_every and done % recipe.train.eval_every == 0 and done < steps and not stop:
+            recorder.evaluated(done, evaluate_held_out(session))
+            meters.reset()
+        if stop:
+            return stop
+    return 0
+
+
+def next_step(batches: Iterator[Batch], accumulation: int, peers: Peers) -> list[Batch]:
+    """The micro-batches of the next step; if one rank has no data, all ranks leave with its error."""
+    failure: TubeworksError | None = None
+    micro_batches: list[Batch] = []
+    try:
+        micro_batches = [next(batches) for _ in range(accumulation)]
+    except TubeworksError as error:
+        failure = error
+    if peers.highest([failure is not None])[0]:
+        peers.raise_first(failure)
+    return micro_batches
+
+
+def finish_step(session: Session, step: int) -> None:
+    """Follow up on the optimizer: DeepSpeed skips a step with NaN or Inf gradients without a word."""
+    if session.engine.was_step_applied():
+        session.state.update_average()
+        return
+    session.skipped += 1
+    log.warning(
+        "step %d was not applied: its gradients are not finite (%d skipped so far)", step + 1, session.skipped
+    )
+    if session.peers.world.is_main:
+        append_event(session.run, "skipped", step + 1, reason="gradients are not finite")
+
+
+def optimizer_metrics(session: Session, lr: float) -> dict[str, float]:
+    """Learning rate, gradient norm and skipped steps."""
+    norm = session.engine.get_global_grad_norm()
+    metrics = {"train/lr": lr, "train/skipped_steps": float(session.skipped)}
+    if norm is not None:
+        metrics["train/grad_norm"] = float(norm)
+    return metrics
+
+
+def stop_if_not_finite(metrics: dict[str, float], step: int) -> None:
+    """End a run whose loss is NaN or infinite; every rank sees the same number."""
+    loss = metrics["train/loss"]
+    if not torch.isfinite(torch.tensor(loss)):
+        raise TrainingStopped(
+            f"the loss at step {step} is {loss}: lower optimizer.lr or raise schedule.warmup. The run's last "
+            "checkpoint is from before; a changed recipe needs a new --run folder"
+        )
+
+
+def save(session: Session, step: int, recorder: Recorder) -> None:
+    """Commit a checkpoint and let go of those that retention does not keep."""
+    began = time.perf_counter()
+    facts = {
+        "recipe": recipe_hash(session.recipe),
+        "plan": session.plan.hash,
+        "zero": session.recipe.engine.zero,
+        "precision": session.recipe.engine.precision,
+        "skipped_steps": session.skipped,
+    }
+    folder = save_checkpoint(session.run, step, session.engine.module, session.state, session.peers, facts)
+    settings = session.recipe.checkpoint
+    session.peers.on_main(lambda: prune(session.run, settings.keep, settings.keep_every) and None)
+    recorder.saved(step, folder, time.perf_counter() - began)

@@ -1,0 +1,76 @@
+"""The loss of one source: cross-entropy with label smoothing and mixup.
+
+All randomness is counter-based, so a batch is mixed in the same way on any number of ranks.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from framework.errors import RecipeError
+
+__all__ = ["Mixing", "cross_entropy", "draw_mixing", "mix_pixels"]
+
+
+class Mixing:
+    """How the neighbours (2i, 2i + 1) of a micro-batch are mixed: `share` (batch,) of each sample stays."""
+
+    def __init__(self, share: Tensor) -> None:
+        self.share = share
+        self.partner = torch.arange(share.shape[0], device=share.device) ^ 1
+
+
+def draw_mixing(alpha: float, seeds: Tensor, source: str) -> Mixing | None:
+    """Draw mixup's share for each pair of neighbours from Beta(alpha, alpha) (Zhang et al., 2018).
+
+    Args:
+        alpha: parameter of the Beta distribution; 0 turns mixing off.
+        seeds: (batch,) the samples' counter-based seeds; a pair uses the one of its first sample.
+        source: named in the error.
+
+    Errors:
+        RecipeError: the micro-batch is odd, so that one sample has no partner.
+    """
+    if alpha == 0:
+        return None
+    batch = seeds.shape[0]
+    if batch % 2:
+        raise RecipeError(
+            f"source {source}: mixup needs an even number of samples in each micro-batch, here there are {batch}. "
+            f"Change data.mixture.{source}, train.accumulation or the number of ranks"
+        )
+    keys = seeds.cpu().numpy().view(np.uint64)[::2]
+    shares = [
+        np.random.Generator(np.random.Philox(key=int(key) ^ 0x6D69787570)).beta(alpha, alpha) for key in keys
+    ]
+    return Mixing(torch.tensor(shares, dtype=torch.float32, device=seeds.device).repeat_interleave(2))
+
+
+def mix_pixels(pixels: Tensor, mixing: Mixing) -> Tensor:
+    """Blend each sample with its partner: uint8 (batch, 3, frames, height, width) in and out."""
+    share = mixing.share.view(-1, 1, 1, 1, 1)
+    blended = pixels.float() * share + pixels[mixing.partner].float() * (1 - share)
+    return blended.round_().to(torch.uint8)
+
+
+def cross_entropy(
+    logits: Tensor, labels: Tensor, smoothing: float = 0.0, mixing: Mixing | None = None
+) -> Tensor:
+    """Mean cross-entropy over a micro-batch.
+
+    Args:
+        logits: (batch, classes), float32.
+        labels: (batch,) int64.
+        smoothing: probability mass that is spread over all classes.
+        mixing: how the samples were mixed; their labels are mixed in the same way.
+    """
+    losses = F.cross_entropy(logits, labels, label_smoothing=smoothing, reduction="none")  # (batch,)
+    if mixing is not None:
+        partners = F.cross_entropy(
+            logits, labels[mixing.partner], label_smoothing=smoothing, reduction="none"
+        )
+        losses = mixing.share * losses + (1 - mixing.share) * partners
+    return losses.mean()

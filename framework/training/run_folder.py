@@ -1,0 +1,162 @@
+"""The run folder: what was asked for, who worked on it, and whether a later start may go on with it.
+
+RUN/recipe.yaml      the resolved recipe
+RUN/run.json         version, hashes of recipe and plan, and one entry per attempt
+RUN/journal.jsonl    the metrics (see framework.tracking.journal)
+RUN/events.jsonl     what happened besides: replaced samples, skipped steps, checkpoints
+RUN/checkpoints/     see framework.training.checkpoint
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+from framework.errors import RecipeError, TubeworksError
+from framework.recipe import dump_yaml, load_recipe, recipe_hash
+from framework.recipe.schema import Recipe
+from framework.training.storage import explain_os_error, write_json
+from framework.world import World
+
+__all__ = ["MAY_CHANGE", "append_event", "check_continuation", "differences", "open_run", "read_run"]
+
+VERSION = 1
+
+MAY_CHANGE = (
+    "name",
+    "description",
+    "published",
+    "data.workers",
+    "data.prefetch",
+    "data.on_corrupt",
+    "data.max_corrupt",
+    "data.sources.*.path",
+    "data.sources.*.validation",
+    "train.accumulation",
+    "train.activation_checkpointing",
+    "train.compile",
+    "train.log_every",
+    "train.eval_every",
+    "engine.zero",
+    "engine.offload",
+    "engine.bucket_mb",
+    "checkpoint",
+    "evaluation",
+    "tracking",
+)
+"""What may differ when a run goes on: none of it changes a batch or a loss (paths are held by the plan's hash)."""
+
+
+def open_run(run: Path, recipe: Recipe, world: World, plan_hash: str, start_step: int) -> int:
+    """Prepare the run folder for this attempt (rank 0 only); returns the attempt's number, from 0.
+
+    Errors:
+        CheckpointError: the folder cannot be written.
+        RecipeError: the folder's run is of another recipe or another plan.
+    """
+    state = read_run(run) or {"version": VERSION, "name": recipe.name, "plan": plan_hash, "attempts": []}
+    if state["plan"] != plan_hash:
+        raise RecipeError(
+            f"{run} was trained with plan {state['plan']}, this recipe and these shards make plan {plan_hash}: the "
+            "order of the samples would change. Use the shards that it started with, or a new --run folder"
+        )
+    attempt = len(state["attempts"])
+    state["recipe"] = recipe_hash(recipe)
+    state["attempts"].append(
+        {
+            "attempt": attempt,
+            "start_step": start_step,
+            "ranks": world.size,
+            "host": platform.node(),
+            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        }
+    )
+    with explain_os_error(run / "recipe.yaml"):
+        (run / "recipe.yaml").write_text(dump_yaml(recipe), encoding="utf-8")
+    write_json(run / "run.json", state)
+    return attempt
+
+
+def read_run(run: Path) -> dict[str, Any] | None:
+    """What `run.json` says, or None for a folder without a run.
+
+    Errors:
+        TubeworksError: the file is damaged, or a later version wrote it.
+    """
+    path = run / "run.json"
+    if not path.exists():
+        return None
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+        version = state["version"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise TubeworksError(f"cannot read {path}: {error}. Restore it, or use a new --run folder") from error
+    if version > VERSION:
+        raise TubeworksError(
+            f"{path} has version {version}, this tubeworks knows up to {VERSION}: upgrade it"
+        )
+    return state
+
+
+def check_continuation(run: Path, recipe: Recipe) -> None:
+    """Make sure that the recipe may go on with the run that lies in the folder.
+
+    Errors:
+        RecipeError: something that shapes the experiment differs; every difference is listed.
+    """
+    if not (run / "recipe.yaml").exists():
+        return
+    before = load_recipe(str(run / "recipe.yaml")).recipe
+    changed = [line for key, line in differences(before, recipe) if not _may_change(key)]
+    if changed:
+        listing = "\n  ".join(changed)
+        raise RecipeError(
+            f"{run} holds a run of another experiment:\n  {listing}\n"
+            "Undo the change, or start a new run with --run NEW_FOLDER. "
+            f"Only these may change between attempts: {', '.join(MAY_CHANGE)}"
+        )
+
+
+def differences(before: Recipe, after: Recipe) -> list[tuple[str, str]]:
+    """(dotted key, readable line) of every value that differs between two recipes."""
+    old, new = _flatten(before.model_dump(mode="json")), _flatten(after.model_dump(mode="json"))
+    absent = "(absent)"
+    return [
+        (key, f"{key}: {old.get(key, absent)} -> {new.get(key, absent)}")
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key, absent) != new.get(key, absent)
+    ]
+
+
+def append_event(run: Path, kind: str, step: int, **facts: Any) -> None:
+    """Add one line to `RUN/events.jsonl`.
+
+    Errors:
+        CheckpointError: the file cannot be written.
+    """
+    path = run / "events.jsonl"
+    with explain_os_error(path), path.open("a", encoding="utf-8") as file:
+        file.write(
+            json.dumps({"kind": kind, "step": step, "time": time.time(), **facts}, ensure_ascii=False) + "\n"
+        )
+
+
+def _may_change(key: str) -> bool:
+    parts = key.split(".")
+    for pattern in MAY_CHANGE:
+        wanted = pattern.split(".")
+        if len(wanted) <= len(parts) and all(w in ("*", p) for w, p in zip(wanted, parts, strict=False)):
+            return True
+    return False
+
+
+def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict) or not value:
+        return {prefix: value}
+    flat: dict[str, Any] = {}
+    for key, inner in value.items():
+        flat |= _flatten(inner, f"{prefix}.{key}" if prefix else str(key))
+    return flat

@@ -1,0 +1,38 @@
+"""What one rank works with during one attempt at a run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from framework.data.plan import Plan
+from framework.data.sources import OpenSource
+from framework.recipe.schema import Recipe
+from framework.training.distributed import Peers
+from framework.training.signals import SignalFlag
+from framework.training.state import TrainState
+
+__all__ = ["Session"]
+
+
+@dataclass
+class Session:
+    """The parts of an attempt, made by `framework.training.loop.prepare`."""
+
+    recipe: Recipe
+    run: Path
+    device: torch.device
+    peers: Peers
+    signals: SignalFlag
+    sources: dict[str, OpenSource]
+    plan: Plan
+    engine: Any
+    """DeepSpeed's engine; its `module` is the model."""
+    state: TrainState
+    start: int
+    """Steps that were done when the attempt began."""
+    skipped: int = 0
+    """Steps of this attempt that the optimizer did not apply."""

@@ -1,0 +1,49 @@
+"""Signals belong to a thread.
+
+A Python signal handler does not run while the main thread waits inside a collective. So the signals are
+blocked in every thread of a rank and one thread takes them with `sigwait`; it only sets a flag. The loop
+agrees on the flag with the other ranks once a step, saves and leaves.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+
+__all__ = ["HANDLED", "SignalFlag"]
+
+log = logging.getLogger(__name__)
+
+HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
+"""Ctrl-C, the scheduler's end, and the scheduler's warning."""
+
+
+class SignalFlag:
+    """The first signal that asked this rank to stop; 0 while there is none.
+
+    Must be made before any other thread exists: threads inherit the mask that it sets. Processes that are
+    started afterwards inherit it too and must unblock the signals themselves.
+    """
+
+    def __init__(self) -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED)
+        self._received = 0
+        self._thread = threading.Thread(target=self._wait, name="signals", daemon=True)
+        self._thread.start()
+
+    @property
+    def received(self) -> int:
+        """Number of the signal that asked to stop, or 0."""
+        return self._received
+
+    def _wait(self) -> None:
+        while True:
+            number = signal.sigwait(HANDLED)
+            if self._received and number == signal.SIGINT:
+                # The user insists: leave at once, the last committed checkpoint stays valid.
+                os._exit(128 + number)
+            if not self._received:
+                self._received = int(number)
+                log.info("%s: will save and stop after this step", signal.Signals(number).name)

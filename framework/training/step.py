@@ -1,0 +1,48 @@
+"""One micro-batch through the model: pixels to the device, mixup, the joint forward pass, the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from framework.data.loader import Batch
+from framework.data.randomness import sample_seed
+from framework.recipe.schema import Source
+from framework.training.losses import cross_entropy, draw_mixing, mix_pixels
+from framework.training.meters import Meters
+
+__all__ = ["micro_step", "seed_step"]
+
+
+def seed_step(seed: int, step: int, micro: int, rank: int) -> None:
+    """Seed dropout for one micro-batch, so that a resumed run draws the same; nothing else uses this generator."""
+    torch.manual_seed(int(sample_seed(seed, "dropout", step, micro, rank)) & (2**63 - 1))
+
+
+def micro_step(
+    engine: Any, batch: Batch, sources: Mapping[str, Source], device: torch.device, meters: Meters
+) -> Tensor:
+    """The weighted sum of the sources' losses on one micro-batch, ready for `engine.backward`."""
+    pixels: dict[str, Tensor] = {}
+    seeds: dict[str, Tensor] = {}
+    mixings = {}
+    for name, group in batch.groups.items():
+        mixings[name] = draw_mixing(sources[name].mixup, group.seeds, name)
+        seeds[name] = group.seeds.to(device, non_blocking=True)
+        frames = group.pixels.to(device, non_blocking=True)
+        mixing = mixings[name]
+        if mixing is not None:
+            mixing.share, mixing.partner = mixing.share.to(device), mixing.partner.to(device)
+            frames = mix_pixels(frames, mixing)
+        pixels[name] = frames
+    logits = engine(pixels, seeds)
+    total = torch.zeros((), device=device)
+    for name, group in batch.groups.items():
+        labels = group.labels.to(device, non_blocking=True)
+        loss = cross_entropy(logits[name], labels, sources[name].label_smoothing, mixings[name])
+        meters.add(name, loss, logits[name].detach(), labels)
+        total = total + sources[name].loss_weight * loss
+    return total

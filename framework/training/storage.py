@@ -1,0 +1,108 @@
+"""Writing files that survive: synced to the disk, hashed, renamed into place.
+
+Every file of a checkpoint and every state file of a run is written here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from framework.errors import CheckpointError
+
+__all__ = ["FileEntry", "explain_os_error", "hash_file", "sync_folder", "write_file", "write_json"]
+
+FileEntry = dict[str, Any]
+"""`{"name", "bytes", "blake2b"}` of a file inside a checkpoint."""
+
+CHUNK = 1 << 22
+
+
+def hash_file(path: Path) -> str:
+    """The blake2b digest (16 bytes, hex) of a file's bytes."""
+    digest = hashlib.blake2b(digest_size=16)
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames and new names inside a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_file(path: Path, write: Callable[[Path], None]) -> FileEntry:
+    """Let `write` fill `path`, sync it to the disk and describe it by size and hash.
+
+    Errors:
+        CheckpointError: the disk is full, the folder is not writable, the device fails.
+    """
+    with explain_os_error(path):
+        write(path)
+        with path.open("rb+") as file:
+            os.fsync(file.fileno())
+        return {"name": path.name, "bytes": path.stat().st_size, "blake2b": hash_file(path)}
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace a JSON file atomically: after a crash there is the old one or the new one, never a part.
+
+    Errors:
+        CheckpointError: the disk is full, the folder is not writable, the device fails.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    with explain_os_error(path):
+        with temporary.open("w", encoding="utf-8") as file:
+            json.dump(value, file, indent=1, ensure_ascii=False)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+
+
+@contextmanager
+def explain_os_error(path: Path) -> Iterator[None]:
+    """Turn an `OSError` (or safetensors' wrapping of one) about `path` into a message for the user."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(_advice(path, error.errno, str(error))) from error
+    except Exception as error:
+        # safetensors reports a failed write as its own exception with the system's text inside.
+        if type(error).__name__ != "SafetensorError":
+            raise
+        number = errno.ENOSPC if "No space left" in str(error) else errno.EIO
+        raise CheckpointError(_advice(path, number, str(error))) from error
+
+
+def _advice(path: Path, number: int | None, text: str) -> str:
+    if number in (errno.ENOSPC, errno.EDQUOT):
+        free = _free_bytes(path.parent)
+        left = f"{free / 2**20:.0f} MiB are free there" if free is not None else "its free space is unknown"
+        return (
+            f"no space left while writing {path}: {left}. Free space or move the run folder, then start the "
+            "same command again: it goes on from the last committed checkpoint"
+        )
+    if number in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"cannot write {path}: {text}. Give the user of this job write permission there, or choose another --run folder"
+    return f"cannot write {path}: {text}"
+
+
+def _free_bytes(folder: Path) -> int | None:
+    try:
+        return shutil.disk_usage(folder).free
+    except OSError:
+        return None

@@ -1,0 +1,163 @@
+"""Ranks on this machine: `tubeworks train --ranks N`.
+
+Under torchrun or srun the world is in the environment and this process is one rank of it. Otherwise the
+ranks are started here as processes, watched together, and ended together.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from framework.errors import TubeworksError
+from framework.world import World
+
+__all__ = ["free_port", "rank_environment", "run_ranks", "train_command"]
+
+GRACE_SECONDS = 30.0
+"""How long the other ranks may take to leave by themselves after one has failed."""
+
+
+def train_command(recipe: str, overrides: Sequence[str], ranks: int | None, run: Path | None) -> int:
+    """Train a recipe, or go on with a run folder, on `ranks` processes; returns the exit code.
+
+    The default is one rank per GPU of this machine, and one where there are none.
+
+    Errors:
+        TubeworksError: of the recipe, or of this rank when it is one of a world that others started.
+    """
+    from framework.recipe import load_recipe
+
+    if (Path(recipe) / "recipe.yaml").is_file():
+        run, recipe = run or Path(recipe), str(Path(recipe) / "recipe.yaml")
+    resolved = load_recipe(recipe, overrides)
+    run = run or Path("runs") / resolved.recipe.name
+    world = World.from_env()
+    if world is None:
+        wanted = ranks or _gpus() or 1
+        if wanted > 1:
+            return run_ranks(["train", recipe, *overrides, "--run", str(run)], wanted, run / "logs")
+        world = World()
+        os.environ.update(rank_environment(world, free_port(), os.environ))
+    elif ranks is not None and ranks != world.size:
+        raise TubeworksError(
+            f"--ranks {ranks} does not fit: the environment says that this is one of {world.size} ranks"
+        )
+    from framework.training.main import train_rank
+
+    return train_rank(resolved.recipe, run, world)
+
+
+def _gpus() -> int:
+    return len(list(Path("/dev").glob("nvidia[0-9]*")))
+
+
+def free_port() -> int:
+    """A TCP port on the loopback that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def rank_environment(world: World, port: int, env: Mapping[str, str]) -> dict[str, str]:
+    """The environment of one local rank; cores are shared out unless the user has said how."""
+    threads = max(1, (os.cpu_count() or 1) // world.size)
+    return {
+        "OMP_NUM_THREADS": str(threads),
+        **env,
+        "RANK": str(world.rank),
+        "WORLD_SIZE": str(world.size),
+        "LOCAL_RANK": str(world.local_rank),
+        "LOCAL_WORLD_SIZE": str(world.local_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+
+
+def run_ranks(arguments: Sequence[str], ranks: int, logs: Path) -> int:
+    """Run `tubeworks ARGUMENTS` as `ranks` processes and return the exit code of the job.
+
+    Rank 0 speaks on this terminal, the others write to `logs/rank-N.log`. Signals go to every rank. When one
+    fails, the others get a while to leave and are then killed.
+
+    Errors:
+        TubeworksError: the log folder cannot be made.
+    """
+    try:
+        logs.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TubeworksError(f"cannot make {logs}: {error}. Choose another --run folder") from error
+    command = [sys.executable, "-m", "launch.cli", *arguments]
+    port = free_port()
+    processes = []
+    handlers = _forward_signals(processes)
+    try:
+        for rank in range(ranks):
+            world = World(rank, ranks, rank, ranks)
+            processes.append(_start(command, rank_environment(world, port, os.environ), logs, rank))
+        failed = _wait(processes)
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    if failed is None:
+        return 0
+    if failed != 0:
+        _show_log(logs / f"rank-{failed}.log", failed, processes[failed].returncode)
+    code = processes[failed].returncode
+    return code if code >= 0 else 128 - code
+
+
+def _start(command: Sequence[str], env: Mapping[str, str], logs: Path, rank: int) -> subprocess.Popen[bytes]:
+    if rank == 0:
+        return subprocess.Popen(command, env=env)
+    with (logs / f"rank-{rank}.log").open("ab") as log:
+        return subprocess.Popen(command, env=env, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+
+
+def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> int | None:
+    """Wait for all; returns the rank that failed first (of those that fail together, the lowest), or None."""
+    deadline: float | None = None
+    while any(process.poll() is None for process in processes):
+        if deadline is None and any(process.poll() for process in processes):
+            deadline = time.monotonic() + GRACE_SECONDS
+        if deadline is not None and time.monotonic() > deadline:
+            break
+        time.sleep(0.05)
+    codes = [process.poll() for process in processes]
+    return next((rank for rank, code in enumerate(codes) if code), None)
+
+
+def _forward_signals(processes: Sequence[subprocess.Popen[bytes]]) -> dict[int, object]:
+    """Pass on what ends a job; Ctrl-C of a terminal reaches the ranks by itself, so it is only survived here."""
+
+    def forward(number: int, _frame: object) -> None:
+        for process in processes:
+            if process.poll() is None:
+                process.send_signal(number)
+
+    handlers: dict[int, object] = {}
+    for number in (signal.SIGTERM, signal.SIGUSR2):
+        handlers[number] = signal.signal(number, forward)
+    from_terminal = sys.stdin is not None and sys.stdin.isatty()
+    handlers[signal.SIGINT] = signal.signal(signal.SIGINT, (lambda *_: None) if from_terminal else forward)
+    return handlers
+
+
+def _show_log(path: Path, rank: int, code: int) -> None:
+    """Put the last lines of a failed rank where the user looks."""
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()[-15:]
+    except OSError as error:
+        lines = [f"(cannot read {path}: {error})"]
+    sys.stderr.write(f"rank {rank} left with exit code {code}; the end of {path}:\n")
+    sys.stderr.write("".join(f"  {line}\n" for line in lines))
