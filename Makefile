@@ -1,0 +1,42 @@
+# Two targets do it all: `make demo` shows the framework at work, `make test` proves it.
+.PHONY: help demo test install install-dev system-packages lint unit clean
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+BIN := .venv/bin
+# what some tests need beside Python packages: a browser for the MLflow pages
+SYSTEM_PACKAGES := chromium
+
+help:
+	@echo "make demo     install, make a small data set, shard it, train, evaluate, print a table"
+	@echo "make test     install, then lint, types and tests"
+	@echo "make install  make .venv with .venv/bin/tubeworks"
+	@echo "make lint     ruff and pyright only"
+	@echo "make clean    remove .venv, demo/ and caches"
+
+install:
+	@$(PYTHON) launch/bootstrap.py
+
+install-dev:
+	@$(PYTHON) launch/bootstrap.py dev simplejpeg
+
+demo: install
+	@$(BIN)/python -m launch.demo
+
+test: install-dev system-packages lint unit
+
+lint: install-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	@if $(BIN)/pyright --version >/dev/null 2>&1; then echo "$(BIN)/pyright"; $(BIN)/pyright; \
+	else echo "types: NOT CHECKED, pyright cannot start here (it fetches itself from the npm registry)"; fi
+
+unit: install-dev
+	$(BIN)/python -m pytest -q --durations=10
+
+system-packages:
+	@.ci/system-packages $(SYSTEM_PACKAGES)
+
+clean:
+	rm -rf .venv demo build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
