@@ -1,0 +1,46 @@
+"""One sender per run folder."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None
+
+__all__ = ["RunLock"]
+
+
+class RunLock:
+    """Whoever holds it sends `RUN` to MLflow; it ends with the process that holds it, however that ends.
+
+    On a file system without locks everybody gets it: sending twice is slow but not wrong (see `sender`).
+    """
+
+    def __init__(self, run: Path) -> None:
+        self.path = Path(run) / ".mlflow.lock"
+        self._file = -1
+
+    def acquire(self) -> bool:
+        """Whether the lock is ours now; does not wait."""
+        if self._file >= 0 or fcntl is None:
+            return True
+        file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(file)
+            return False
+        except OSError:  # ENOLCK, ENOTSUP: no locks here
+            os.close(file)
+            return True
+        self._file = file
+        return True
+
+    def release(self) -> None:
+        """Give it back; a second call does nothing."""
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
