@@ -1,8 +1,8 @@
-"""Make `.venv` and install the project into it, torch first and pinned: `python3 launch/bootstrap.py [extra …]`.
+"""Make `.venv` and install the project into it: `python3 launch/bootstrap.py [extra …]`.
 
-Runs before anything is installed, so it needs nothing but Python. Where there is no NVIDIA GPU, torch is the
-CPU build, which is two hundred megabytes instead of several thousand. A stamp file in `.venv` makes a second call
-return at once while `setup.py` and `constraints.txt` are what they were.
+Runs before anything is installed, so it needs nothing but Python. torch comes first and pinned; where there
+is no NVIDIA GPU it is the CPU build, of two hundred megabytes instead of several thousand. A stamp in `.venv`
+makes a second call return at once while `setup.py` and `constraints.txt` are what they were.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def make_venv() -> None:
 
 def main(extras: list[str]) -> None:
     """Install torch, then the project with these extras, unless that is done already."""
-    if sys.version_info < (3, 10):
+    if sys.version_info < (3, 10):  # noqa: UP036 - this runs before pip could refuse
         sys.exit(f"install: Python 3.10 or later is needed, this is {platform.python_version()}")
     wanted = stamp()
     there = installed_extras(wanted)

@@ -103,10 +103,9 @@ def train(
 
     Under torchrun or srun the processes come from their environment.
     """
-    from framework.recipe import load_recipe
     from launch.local import train_command
 
-    train_command(load_recipe(recipe, overrides or ()), overrides or [], ranks, run)
+    raise typer.Exit(train_command(recipe, overrides or [], ranks, run))
 
 
 @app.command("eval")
@@ -144,9 +143,9 @@ def describe(
     as_json: AsJson = False,
 ) -> None:
     """Say what a model is: tubes, tokens, parameters and FLOPs."""
-    from framework.models.describe import describe as describe_model
+    from framework.models.describe import describe_command
 
-    describe_model(name, overrides or [], as_json=as_json)
+    describe_command(name, overrides or [], as_json=as_json)
 
 
 @app.command()
@@ -184,3 +183,11 @@ def recipe_list(as_json: AsJson = False) -> None:
 def main() -> None:
     """Run the command line; leaves the process with the exit code."""
     app()
+
+
+if __name__ == "__main__":
+    main()
+
+
+if __name__ == "__main__":
+    main()
