@@ -1,8 +1,8 @@
 """The transformer block, working on the concatenated tokens of groups of different lengths.
 
 A micro-batch is a matrix (total_tokens, width): the tokens of all samples of all groups, one after the other.
-`Groups` says how it is made up. Norms, projections and MLPs run on the whole matrix; only attention looks at the
-groups. Nothing is padded and nothing is masked.
+`Groups` says how it is made up. Norms, projections and MLPs run on the whole matrix; only attention looks at
+the groups. Nothing is padded and nothing is masked.
 
 Every module initialises its own parameters in its own constructor, and nobody reads a parameter of another
 module: under ZeRO-3 parameters are only there while the module that owns them is at work.

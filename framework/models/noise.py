@@ -1,4 +1,4 @@
-"""Random regularisation without random state: every draw is a hash of a sample's seed and of where it is used.
+"""Random regularisation without random state: a draw is a hash of a sample's seed and of where it is used.
 
 The draws of a sample depend on nothing but its own seed, so they are the same on any number of ranks, in any
 micro-batch, after a resume, and when activation checkpointing computes a block a second time.
@@ -46,8 +46,8 @@ def _shift_right(values: Tensor, places: int, bits: int) -> Tensor:
 def depth_scales(seeds: Tensor, groups: Groups, layers: int, rate: float, dtype: torch.dtype) -> Tensor:
     """Factors that stochastic depth puts on the branches of all layers.
 
-    The rate grows linearly from 0 at the first layer to `rate` at the last; both branches of a block are drawn
-    independently. A kept branch is scaled by 1 / (1 - rate of the layer), a dropped one is 0.
+    The rate grows linearly from 0 at the first layer to `rate` at the last; both branches of a block are
+    drawn independently. A kept branch is scaled by 1 / (1 - rate of the layer), a dropped one is 0.
 
     Args:
         seeds: int64 (samples,), the samples of all groups in order.
@@ -65,7 +65,7 @@ def depth_scales(seeds: Tensor, groups: Groups, layers: int, rate: float, dtype:
 
 
 def dropout_seeds(seeds: Tensor, groups: Groups, layers: int) -> Tensor:
-    """Seeds of every token for `dropout`: row 0 is for the embedding, rows 1 + 2 * layer + branch for the blocks.
+    """Seeds of every token for `dropout`: row 0 for the embedding, row 1 + 2 * layer + branch for blocks.
 
     Args:
         seeds: int64 (samples,), the samples of all groups in order.

@@ -13,9 +13,9 @@ __all__ = ["AttentionPool", "MeanPool"]
 class AttentionPool(nn.Module):
     """Multi-head attention of one learned query over all tokens (TubeViT figure 2).
 
-    With a single query, its product with the key projection is itself only one vector per head, so that vector
-    is what is learned: `query`, (heads, width). In the same way values are projected after the average, once per
-    sample and not once per token. It starts as the mean over tokens, because the queries start at zero.
+    With a single query, its product with the key projection is itself only one vector per head, so that
+    vector is what is learned: `query`, (heads, width). In the same way values are projected after the
+    average, once per sample and not once per token. It starts as the mean over tokens: queries start at zero.
     """
 
     def __init__(self, width: int, heads: int) -> None:

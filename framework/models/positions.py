@@ -17,8 +17,8 @@ def sincos(centres: Tensor, width: int) -> Tensor:
     sin(t w_j), cos(t w_j), sin(x w_j), cos(x w_j), sin(y w_j), cos(y w_j), where t counts frames and x, y run
     over the rows and columns of pixels. Channels that 6 does not divide stay zero: 4 of 1024, 2 of 1280.
 
-    The paper prints the exponent as j, without dividing by n. Then w_1 is already 1e-4 and all but a few channels
-    are the same for all tokens, so the exponent is normalised here, as in the authors' other code.
+    The paper prints the exponent as j, without dividing by n. Then w_1 is already 1e-4 and all but a few
+    channels are the same for all tokens, so the exponent is normalised here, as in the authors' other code.
 
     Args:
         centres: (points, 3) in frames and pixels.

@@ -24,8 +24,10 @@ SIZES = {
 }
 """B, L and H are those of the paper (Table 11), Ti and S those of DeiT.
 
-H has tube kernels of its own full width. The paper's H keeps the kernels that were trained in B, at 768 channels:
-its published 635 M parameters are 632 M of the encoder and 3 M of kernels.
+With the paper's two heads (600 and 1000 classes), B has 89.5 M parameters, L 308.6 M and H 637.8 M; published
+are 90, 311 and 635 M. L: the paper starts from 307 M for the encoder, the number commonly quoted for ViT-L,
+while 24 layers of this width with a 16x16 patch kernel have 303.1 M. H: the kernels here have H's full width,
+while the paper's H keeps those that were trained in B, with 768 channels.
 """
 
 
@@ -91,6 +93,7 @@ def _check_source_names(inputs: Mapping[str, InputSpec]) -> None:
     for name in inputs:
         if not name or "." in name or hasattr(nn.ModuleDict, name) or name == "training":
             raise RecipeError(
-                f"data.sources: `{name}` cannot name a source, because its classifier could not be stored under "
-                f"that name; take one without dots that is no word of torch, such as `{name.replace('.', '_')}_data`"
+                f"data.sources: `{name}` cannot name a source, because its classifier could not be stored "
+                "under that name; take one without dots that is no word of torch, such as "
+                f"`{name.replace('.', '_')}_data`"
             )

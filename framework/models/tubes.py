@@ -1,11 +1,11 @@
 """Sparse video tubes: cut a clip into boxes of several shapes and turn each into a token (TubeViT §3).
 
 The boxes of a tube are a strided view of the clip, copied once and multiplied by the kernel: the result of a
-convolution without padding, at a fraction of its time and memory, and without the faults of bf16 convolutions in
-several releases of cuDNN. Weights keep the shape of a convolution, so the state dict is one to everybody else.
+convolution without padding, at a fraction of its time and memory, and without the faults of bf16 convolutions
+in several releases of cuDNN. Weights keep a convolution's shape, which is what they are to everybody else.
 
-Space-to-Depth (§3.4) with factors f: the tube has sub-tubes of width / (f_t f_h f_w) channels at strides divided
-by f; neighbours are concatenated to one token, time first, then height, then width, then channels.
+Space-to-Depth (§3.4) with factors f: the tube has sub-tubes of width / (f_t f_h f_w) channels at strides
+divided by f; neighbours are concatenated to one token, time first, then height, then width, then channels.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ PAPER_TUBES = (
 
 @dataclass(frozen=True)
 class Grid:
-    """The tokens that one tube makes of a clip: `shape` (time, height, width) for the tube with index `tube`."""
+    """The tokens that the tube with index `tube` makes of a clip: `shape` is (time, height, width)."""
 
     tube: int
     shape: tuple[int, int, int]
@@ -93,14 +93,14 @@ def _grid(tubes: Sequence[Tube], number: int, clip: tuple[int, int, int]) -> tup
         if count < 1:
             need = tube.kernel[axis] + tube.offset[axis]
             raise ModelError(
-                f"{name} does not fit into a clip of {length} {AXES[axis]}: its kernel and offset need at least "
-                f"{need}; give the source {need} or more, or take a smaller tube"
+                f"{name} does not fit into a clip of {length} {AXES[axis]}: its kernel and offset need at "
+                f"least {need}; give the source {need} or more, or take a smaller tube"
             )
         if count % factor:
             fitting = _fitting_lengths(tube, axis, length)
             raise ModelError(
-                f"{name} makes {count} sub-tubes of {length} {AXES[axis]}, which its Space-to-Depth factor {factor} "
-                f"does not divide; nearest lengths that work: {' and '.join(map(str, fitting))}"
+                f"{name} makes {count} sub-tubes of {length} {AXES[axis]}, which its Space-to-Depth factor "
+                f"{factor} does not divide; nearest lengths that work: {' and '.join(map(str, fitting))}"
             )
         shape.append(count // factor)
     return shape[0], shape[1], shape[2]
@@ -143,14 +143,14 @@ def check_tubes(tubes: Sequence[Tube], width: int) -> None:
         for axis, (step, factor) in enumerate(zip(tube.stride, tube.space_to_depth, strict=True)):
             if step % factor:
                 raise ModelError(
-                    f"{name_tube(tubes, number)} has a stride of {step} {AXES[axis]}, which its Space-to-Depth "
-                    f"factor {factor} does not divide; take a stride that is a multiple of {factor}"
+                    f"{name_tube(tubes, number)} has a stride of {step} {AXES[axis]}, which its Space-to-"
+                    f"Depth factor {factor} does not divide; take a stride that is a multiple of {factor}"
                 )
         parts = math.prod(tube.space_to_depth)
         if width % parts:
             raise ModelError(
-                f"{name_tube(tubes, number)} puts {parts} sub-tubes into one token, which does not divide the model's "
-                f"width of {width}; take a width that is a multiple of {parts}, or another `space_to_depth`"
+                f"{name_tube(tubes, number)} puts {parts} sub-tubes into one token, which does not divide "
+                f"the model's width of {width}; take a multiple of {parts}, or another `space_to_depth`"
             )
 
 
@@ -239,10 +239,9 @@ class TubeTokenizer(nn.Module):
         """Position embedding (tokens, width) of all tokens of a clip, remembered per device and type."""
         key = (clip, device, dtype)
         if key not in self._embeddings:
-            points = torch.cat([centres(self.shapes[grid.tube], grid.shape) for grid in self.grids(clip)])
-            # A clone made outside inference mode can be used in training later.
-            with torch.inference_mode(False):
-                self._embeddings[key] = sincos(points.clone(), self.width).to(device, dtype)
+            with torch.inference_mode(False):  # training must be able to use what evaluation remembered
+                points = torch.cat([centres(self.shapes[grid.tube], grid.shape) for grid in self.grids(clip)])
+                self._embeddings[key] = sincos(points, self.width).to(device, dtype)
         return self._embeddings[key]
 
     def forward(self, clips: Sequence[Tensor]) -> Tensor:

@@ -35,8 +35,8 @@ class TubeViT(nn.Module):
     """Tubes, a pre-norm ViT encoder, attention pooling, and one classifier per source.
 
     Images and videos go through in one pass: the tokens of all groups form one matrix (see `layers`).
-    Set `activation_checkpointing` to compute blocks a second time in the backward pass instead of keeping what is
-    inside them.
+    Set `activation_checkpointing` to compute blocks a second time in the backward pass, instead of keeping
+    what is inside them.
     """
 
     def __init__(
@@ -77,8 +77,8 @@ class TubeViT(nn.Module):
         """Logits of all samples of a micro-batch.
 
         Args:
-            pixels: per source (batch, 3, frames, height, width); uint8, or floats that are normalised already. One
-                frame is an image. Any subset of the sources, each with a batch of its own.
+            pixels: per source (batch, 3, frames, height, width); uint8, or floats that are already
+                normalised. One frame is an image. Any subset of the sources, each with a batch of its own.
             seeds: per source int64 (batch,), for stochastic depth and dropout. None, or a model in evaluation
                 mode: both are off.
 
