@@ -40,7 +40,7 @@ def find_recipe(name_or_path: str) -> Path:
     names = recipe_names()
     if name_or_path in names:
         return installed
-    near = difflib.get_close_matches(name_or_path, names, n=3, cutoff=0.5)
+    near = difflib.get_close_matches(name_or_path, names, n=3, cutoff=0.6)
     hint = f"did you mean {' or '.join(near)}?" if near else f"installed are: {', '.join(names)}"
     raise RecipeError(
         f"there is no recipe named {name_or_path!r}; {hint} A recipe of your own: give its path."
@@ -63,7 +63,7 @@ def near_bases(name: str, user: Path) -> list[str]:
     }
     folder = installed_folder()
     known |= {path.relative_to(folder).as_posix() for path in folder.rglob("*.yaml")}
-    return difflib.get_close_matches(name, sorted(known), n=3, cutoff=0.5)
+    return difflib.get_close_matches(name, sorted(known), n=2, cutoff=0.7)
 
 
 def shown(path: Path) -> str:
@@ -79,5 +79,5 @@ def _near_files(path: Path) -> str:
     if not path.parent.is_dir():
         return f" (nor the folder {path.parent})"
     others = [other.name for other in path.parent.iterdir() if other.suffix in SUFFIXES]
-    near = difflib.get_close_matches(path.name, others, n=3, cutoff=0.5)
+    near = difflib.get_close_matches(path.name, others, n=2, cutoff=0.7)
     return f"; did you mean {' or '.join(str(path.parent / name) for name in near)}?" if near else ""
