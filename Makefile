@@ -29,7 +29,7 @@ lint: install-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	@if $(BIN)/pyright --version >/dev/null 2>&1; then echo "$(BIN)/pyright"; $(BIN)/pyright; \
-	else echo "types: NOT CHECKED, pyright cannot start here (it fetches itself from the npm registry)"; fi
+	else echo "types: NOT CHECKED, pyright cannot start here (it needs node)"; fi
 
 unit: install-dev
 	$(BIN)/python -m pytest -q --durations=10

@@ -32,7 +32,7 @@ def find_recipe(name_or_path: str) -> Path:
         RecipeError: there is no such file or name; says which names are near.
     """
     path = Path(name_or_path).expanduser()
-    if path.is_file():
+    if path.exists() and not path.is_dir():
         return path
     if path.suffix in SUFFIXES:
         raise RecipeError(f"there is no recipe file {path}{_near_files(path)}")

@@ -1,0 +1,128 @@
+"""The command line as people and scripts meet it: in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from framework import __version__
+
+TUBEWORKS = [sys.executable, "-m", "launch.cli"]
+HEAVY = (
+    "torch",
+    "deepspeed",
+    "mlflow",
+    "pydantic",
+    "numpy",
+    "av",
+    "pyarrow",
+    "kornia",
+    "matplotlib",
+    "ruamel",
+)
+
+
+def tubeworks(*arguments: str, folder: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Run the command line to its end."""
+    return subprocess.run([*TUBEWORKS, *arguments], capture_output=True, text=True, timeout=60, cwd=folder)
+
+
+def test_help_is_quick() -> None:
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        assert tubeworks("--help").returncode == 0
+        seconds.append(time.perf_counter() - start)
+    assert min(seconds) < 0.5
+
+
+def test_importing_the_command_line_imports_nothing_heavy() -> None:
+    code = "import sys, launch.cli, data_tools.cli; print(*sys.modules)"
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert not set(HEAVY) & {name.partition(".")[0] for name in loaded}
+
+
+def test_help_names_every_command() -> None:
+    text = tubeworks("--help").stdout
+    for command in ("data", "recipe", "train", "eval", "describe", "sync", "ckpt"):
+        assert command in text
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["data", "recipe", "recipe show", "recipe list", "train", "eval", "describe", "sync", "ckpt"],
+)
+def test_every_command_has_help(command: str) -> None:
+    answer = tubeworks(*command.split(), "--help")
+    assert answer.returncode == 0
+    assert "Usage" in answer.stdout
+
+
+def test_version() -> None:
+    assert tubeworks("--version").stdout.strip() == f"tubeworks {__version__}"
+
+
+def test_a_wrong_recipe_is_a_message_without_traceback(tmp_path: Path) -> None:
+    answer = tubeworks("train", "demo", "train.stpes=5", "engine.zero=x", folder=tmp_path)
+    assert answer.returncode == 2
+    assert "Traceback" not in answer.stderr
+    first, *lines = answer.stderr.splitlines()
+    assert first.startswith("error: recipe ")
+    assert len(lines) == 2
+    assert "train.stpes: unknown key, did you mean `steps`?" in answer.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_unknown_command_or_option_is_a_usage_error() -> None:
+    for arguments in (["trian", "demo"], ["train", "demo", "--rank", "2"], ["train"]):
+        answer = tubeworks(*arguments)
+        assert answer.returncode == 2
+        assert "Traceback" not in answer.stderr
+
+
+def test_recipe_show_prints_origins_and_json() -> None:
+    text = tubeworks("recipe", "show", "demo", "seed=7").stdout
+    assert any(line.startswith("seed: 7") and line.endswith("# override") for line in text.splitlines())
+    found = json.loads(tubeworks("recipe", "show", "demo", "seed=7", "--json").stdout)
+    assert found["recipe"]["seed"] == 7
+    assert found["provenance"]["seed"] == "override"
+
+
+def test_recipe_list_names_what_is_installed() -> None:
+    found = json.loads(tubeworks("recipe", "list", "--json").stdout)
+    assert {"demo", "tubevit_b_k400_in1k", "tubevit_h_k400_in1k"} <= found.keys()
+    assert all(found.values())
+
+
+def test_a_reader_that_leaves_early_is_no_error() -> None:
+    with subprocess.Popen(
+        [*TUBEWORKS, "recipe", "show", "tubevit_b_k400_in1k"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        complaint = process.stderr.read()
+        process.wait(timeout=60)
+    assert complaint == b""
+
+
+def test_interrupting_ends_quietly_with_130(tmp_path: Path) -> None:
+    pipe = tmp_path / "slow.yaml"
+    os.mkfifo(pipe)
+    process = subprocess.Popen([*TUBEWORKS, "recipe", "show", str(pipe)], stderr=subprocess.PIPE, text=True)
+    # opening a pipe waits for its reader, who then waits for a text that does not come
+    writer = os.open(pipe, os.O_WRONLY)
+    process.send_signal(signal.SIGINT)
+    _, complaint = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in complaint
+    os.close(writer)
