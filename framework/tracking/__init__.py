@@ -1,4 +1,10 @@
 """Tracking: the journal, which is the truth, and its mirror in MLflow.
 
-Nothing is imported here: the command line asks for single modules, and MLflow costs two seconds.
+Importing this imports neither MLflow nor torch.
 """
+
+from framework.tracking.command import sync_command as sync
+from framework.tracking.journal import Journal, read_journal
+from framework.tracking.mirror import MlflowMirror, RunInfo, SyncReport, sync_run
+
+__all__ = ["Journal", "MlflowMirror", "RunInfo", "SyncReport", "read_journal", "sync", "sync_run"]

@@ -167,7 +167,9 @@ def sync_run(run: Path, settle: bool = True) -> SyncReport:
     try:
         sender.connect(running=False)
         points, files = sender.send_points(), sender.send_files()
-        if settle and not sender.state.get("status_sent"):
+        if sender.state["status_sent"]:
+            files += sender.send_files(("journal.jsonl",))
+        elif settle:
             status = sender.state["status"]
             entries = read_journal(run)
             end = int(entries[-1].time * 1000) if entries else None

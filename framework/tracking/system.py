@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import shutil
@@ -31,7 +32,8 @@ class SystemSampler:
         self.seconds = seconds
         self._next = 0.0
         self._process = psutil.Process(os.getpid())
-        self._handles = _accelerator_handles()
+        self._library = _nvml()
+        self._handles = _accelerator_handles(self._library)
         psutil.cpu_percent()  # the first call only sets the mark from which the next one measures
 
     def sample(self) -> dict[str, float]:
@@ -46,7 +48,7 @@ class SystemSampler:
             "memory_percent": psutil.virtual_memory().percent,
             "rank0_memory_gib": self._tree_memory() / GIBIBYTE,
             "run_disk_free_gib": disk.free / GIBIBYTE,
-            **_accelerators(self._handles),
+            **_accelerators(self._library, self._handles),
         }
         return {f"system/{name}": float(value) for name, value in numbers.items()}
 
@@ -61,11 +63,17 @@ class SystemSampler:
         return total
 
 
-def _accelerator_handles() -> list[Any]:
-    """NVML handles of all accelerators of this node; empty without the library or a driver."""
+def _nvml() -> Any:
+    """NVIDIA's library for such numbers (`nvidia-ml-py`), or None: it is no dependency."""
     try:
-        import pynvml
+        return importlib.import_module("pynvml")
     except ImportError:
+        return None
+
+
+def _accelerator_handles(pynvml: Any) -> list[Any]:
+    """NVML handles of all accelerators of this node; empty without the library or a driver."""
+    if pynvml is None:
         return []
     try:
         pynvml.nvmlInit()
@@ -75,7 +83,7 @@ def _accelerator_handles() -> list[Any]:
         return []
 
 
-def _accelerators(handles: list[Any]) -> dict[str, float]:
+def _accelerators(pynvml: Any, handles: list[Any]) -> dict[str, float]:
     """Load, memory and power of each accelerator; the memory of torch's own device without NVML."""
     numbers: dict[str, float] = {}
     if not handles:
@@ -84,8 +92,6 @@ def _accelerators(handles: list[Any]) -> dict[str, float]:
             free, total = torch.cuda.mem_get_info()
             numbers["gpu_memory_gib"] = (total - free) / GIBIBYTE
         return numbers
-    import pynvml
-
     for index, handle in enumerate(handles):
         try:
             numbers[f"gpu{index}_percent"] = pynvml.nvmlDeviceGetUtilizationRates(handle).gpu

@@ -118,8 +118,8 @@ class Follower:
         if self.outage_since is None:
             self.outage_since = time.monotonic()
             logger.warning(
-                "MLflow at %s cannot be reached: %s. Training goes on; the journal keeps every point, and all "
-                "are sent when MLflow answers again.",
+                "MLflow at %s cannot be reached: %s. Training goes on; the journal keeps every point, and "
+                "they are sent when MLflow answers again.",
                 self.sender.settings.uri,
                 reason(error),
             )

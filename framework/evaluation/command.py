@@ -1,0 +1,203 @@
+"""`tubeworks eval RUN`: evaluate a run's newest checkpoint on its held-out shards.
+
+This process is one rank: of the world that its environment describes, or alone. Starting several is the
+business of `launch`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed
+from torch import nn
+
+from framework.data.sources import open_sources
+from framework.errors import DataError, RecipeError, TubeworksError
+from framework.evaluation.predictions import Predictions
+from framework.evaluation.report import EvaluationReport, show_table, write_report
+from framework.evaluation.run import evaluate
+from framework.models.registry import build_model, inputs_of
+from framework.recipe import load_recipe
+from framework.recipe.schema import Evaluation, Recipe
+from framework.tracking.journal import Journal, last_attempt
+from framework.tracking.mirror import sync_run
+from framework.training.checkpoint import load_weights, newest_valid, read_manifest
+from framework.training.distributed import choose_device
+from framework.training.state import AVERAGE
+from framework.world import World
+
+__all__ = ["evaluate_command", "evaluate_run", "parse_views"]
+
+logger = logging.getLogger(__name__)
+
+
+def evaluate_command(
+    run: Path,
+    *,
+    views: str | None = None,
+    shuffle_frames: bool = False,
+    ranks: int | None = None,
+    weights: str | None = None,
+    as_json: bool = False,
+) -> None:
+    """Evaluate, then print a table or JSON (rank 0 only).
+
+    Errors:
+        TubeworksError: `ranks` does not agree with the environment, or whatever `evaluate_run` finds.
+    """
+    world = World.from_env() or World()
+    if ranks not in (None, world.size):
+        raise TubeworksError(
+            f"--ranks {ranks} does not fit: the environment says that this is one of {world.size} ranks"
+        )
+    with _process_group(world):
+        report = evaluate_run(run, world, views=views, shuffle_frames=shuffle_frames, weights=weights)
+    if not world.is_main:
+        return
+    if as_json:
+        sys.stdout.write(json.dumps(report.as_dict(), indent=2, allow_nan=False) + "\n")
+    else:
+        show_table(report)
+
+
+def evaluate_run(
+    run: Path,
+    world: World,
+    *,
+    views: str | None = None,
+    shuffle_frames: bool = False,
+    weights: str | None = None,
+) -> EvaluationReport:
+    """Evaluate the newest valid checkpoint of a run; all ranks together, torch.distributed initialised.
+
+    Rank 0 writes `RUN/evaluations/step-….json` and `RUN/pictures/predictions-….png`, adds the numbers to the
+    journal and sends them to MLflow. `views` is `4x3`, by default the recipe's; `weights` is `ema` or `raw`,
+    by default averaged ones where the checkpoint has any.
+
+    Errors:
+        TubeworksError: no run, no valid checkpoint, no held-out shards, no averaged weights, corrupt samples.
+    """
+    if not (run / "recipe.yaml").is_file():
+        raise TubeworksError(f"{run} has no recipe.yaml: it is not the folder of a run that has begun")
+    recipe = load_recipe(str(run / "recipe.yaml")).recipe
+    settings = parse_views(views, recipe.evaluation)
+    sources = open_sources(recipe, "validation")
+    if not sources:
+        raise DataError(f"no source of {recipe.name} has held-out shards: set data.sources.NAME.validation")
+    checkpoint = Path(_from_main(lambda: str(newest_valid(run)), world))
+    averaged = _wants_average(checkpoint, weights)
+    device = choose_device(world)
+    model = _load_model(recipe, checkpoint, averaged, device)
+    predictions = Predictions(sources)
+    results = evaluate(
+        lambda pixels: model(pixels),
+        sources,
+        world,
+        device,
+        settings,
+        shuffle_frames=shuffle_frames,
+        workers=recipe.data.workers,
+        observe=predictions if world.is_main else None,
+    )
+    report = EvaluationReport(
+        run=str(run),
+        recipe=recipe.name,
+        step=int(read_manifest(checkpoint)["step"]),
+        weights="ema" if averaged else "raw",
+        views=(settings.temporal_views, settings.spatial_views),
+        recipe_views=(recipe.evaluation.temporal_views, recipe.evaluation.spatial_views),
+        shuffle_frames=shuffle_frames,
+        ranks=world.size,
+        precision=str(next(model.parameters()).dtype).removeprefix("torch."),
+        sources=results,
+    )
+    if world.is_main:
+        _record(run, recipe, report, predictions)
+    return report
+
+
+def parse_views(views: str | None, settings: Evaluation) -> Evaluation:
+    """The settings with the views of `4x3` (temporal x spatial), or as they are.
+
+    Errors:
+        RecipeError: the text is not two numbers that are possible.
+    """
+    if views is None:
+        return settings
+    temporal, _, spatial = views.lower().partition("x")
+    if not (temporal.isdigit() and int(temporal) > 0 and spatial in ("1", "3")):
+        raise RecipeError(f"--views {views}: say temporal x spatial views, such as 4x3; spatial is 1 or 3")
+    return settings.model_copy(update={"temporal_views": int(temporal), "spatial_views": int(spatial)})
+
+
+def _wants_average(checkpoint: Path, weights: str | None) -> bool:
+    if weights not in (None, "ema", "raw"):
+        raise RecipeError(f"--weights {weights}: say ema or raw")
+    return weights == "ema" or (weights is None and AVERAGE in read_manifest(checkpoint)["kinds"])
+
+
+def _load_model(recipe: Recipe, checkpoint: Path, averaged: bool, device: torch.device) -> nn.Module:
+    """The model with a checkpoint's weights, ready to evaluate; bf16 only where the device is made for it."""
+    model = build_model(recipe.model, inputs_of(recipe))
+    model.load_state_dict(load_weights(checkpoint, ema=averaged))
+    dtype = torch.bfloat16 if recipe.engine.precision == "bf16" and device.type == "cuda" else torch.float32
+    return model.to(device=device, dtype=dtype).eval().requires_grad_(False)
+
+
+def _record(run: Path, recipe: Recipe, report: EvaluationReport, predictions: Predictions) -> None:
+    """Results file, pictures, journal, MLflow: in this order, so that the last ones can show the first."""
+    write_report(run, report)
+    caption = f"held-out samples and predictions after step {report.step}"
+    caption += ", frames shuffled" if report.shuffle_frames else ""
+    try:
+        predictions.draw(run / "pictures", caption, "-shuffled" if report.shuffle_frames else "")
+    except OSError as error:
+        logger.warning("the pictures of predictions could not be written: %s", error)
+    with Journal(run, last_attempt(run)) as journal:
+        journal.write(report.step, report.metrics())
+    if recipe.tracking.mlflow:
+        try:
+            sync_run(run, settle=False)
+        except TubeworksError as error:  # the numbers are safe in the journal, MLflow may have them later
+            logger.warning("%s", error)
+
+
+@contextmanager
+def _process_group(world: World) -> Iterator[None]:
+    """Initialise torch.distributed for the evaluation, unless somebody has, or there is one rank."""
+    if world.size == 1 or torch.distributed.is_initialized():
+        yield
+        return
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    choose_device(world)
+    torch.distributed.init_process_group(
+        backend, rank=world.rank, world_size=world.size, timeout=timedelta(minutes=30)
+    )
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def _from_main(decide: Callable[[], str], world: World) -> str:
+    """What rank 0 decides, or its error, on every rank."""
+    if world.size == 1:
+        return decide()
+    answer: list[Any] = [None, None]
+    if world.is_main:
+        try:
+            answer[0] = decide()
+        except TubeworksError as error:
+            answer[1] = error
+    torch.distributed.broadcast_object_list(answer, src=0)
+    if answer[1] is not None:
+        raise answer[1]
+    return answer[0]

@@ -1,0 +1,50 @@
+"""Pictures of what a model predicts for the first held-out samples."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from framework.tracking.pictures import SAMPLES, Tile, contact_sheet, spread_frames
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from framework.data.loader import EvalBatch
+    from framework.data.sources import OpenSource
+
+__all__ = ["Predictions"]
+
+
+class Predictions:
+    """Keeps the first samples that pass by (an `Observer` of `evaluate`) and draws them afterwards."""
+
+    def __init__(self, sources: Mapping[str, OpenSource], samples: int = SAMPLES) -> None:
+        self._sources = sources
+        self._samples = samples
+        self._tiles: dict[str, list[Tile]] = {}
+
+    def __call__(self, name: str, batch: EvalBatch, logits: Tensor) -> None:
+        """Keep samples of a batch until there are enough; the middle view is the one that is pictured."""
+        tiles = self._tiles.setdefault(name, [])
+        classes = self._sources[name].dataset.classes
+        predicted = logits.mean(dim=1).argmax(dim=1).tolist()
+        middle = batch.pixels.shape[1] // 2
+        for row in batch.valid.nonzero().flatten().tolist():
+            if len(tiles) >= self._samples:
+                return
+            frames = spread_frames(batch.pixels[row, middle].numpy())
+            tiles.append(Tile(frames, classes[int(batch.labels[row])], classes[predicted[row]]))
+
+    def draw(self, folder: Path, caption: str, suffix: str = "") -> list[Path]:
+        """Write `predictions-<source><suffix>.png` for every source that had samples; returns the paths.
+
+        Errors:
+            OSError: a picture cannot be written.
+        """
+        return [
+            contact_sheet(tiles, folder / f"predictions-{name}{suffix}.png", f"{name}: {caption}")
+            for name, tiles in self._tiles.items()
+            if tiles
+        ]

@@ -1,0 +1,105 @@
+"""The outcome of an evaluation: as a file, as metrics, and as a table."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from framework.errors import TubeworksError
+from framework.evaluation.metrics import SourceResult
+
+__all__ = ["EvaluationReport", "show_table", "write_report"]
+
+
+@dataclass(frozen=True)
+class EvaluationReport:
+    """What was evaluated, how, and what came out."""
+
+    run: str
+    recipe: str
+    step: int
+    weights: str
+    """`ema` or `raw`"""
+    views: tuple[int, int]
+    """Temporal and spatial."""
+    recipe_views: tuple[int, int]
+    shuffle_frames: bool
+    ranks: int
+    precision: str
+    sources: Mapping[str, SourceResult]
+    time: float = field(default_factory=time.time)
+    """Seconds since 1970."""
+
+    @property
+    def variant(self) -> list[str]:
+        """In what it differs from the evaluations that training does by itself."""
+        parts = ["ema"] if self.weights == "ema" else []
+        if self.views != self.recipe_views:
+            parts.append(f"{self.views[0]}x{self.views[1]}")
+        return [*parts, "shuffled"] if self.shuffle_frames else parts
+
+    def metrics(self) -> dict[str, float]:
+        """By their names in the journal: `eval/<source>/top_1`, `eval_shuffled/<source>/top_1`, …"""
+        prefix = "_".join(["eval", *self.variant])
+        return {
+            f"{prefix}/{source}/{name}": value
+            for source, result in self.sources.items()
+            for name, value in result.metrics().items()
+        }
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; numbers that are not finite become None."""
+        return _finite(asdict(self))
+
+
+def write_report(run: Path, report: EvaluationReport) -> Path:
+    """Write `RUN/evaluations/step-….json`, in one piece; returns its path.
+
+    Errors:
+        TubeworksError: the file cannot be written.
+    """
+    name = "-".join([f"step-{report.step:08d}", *report.variant]) + ".json"
+    path = run / "evaluations" / name
+    temporary = path.with_name(f".{name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps(report.as_dict(), indent=2, allow_nan=False) + "\n")
+        temporary.replace(path)
+    except OSError as error:
+        raise TubeworksError(
+            f"{path} cannot be written: {error.strerror or error}. Free space or grant write permission"
+        ) from error
+    return path
+
+
+def show_table(report: EvaluationReport) -> None:
+    """Print the results to the terminal."""
+    from rich.console import Console
+    from rich.table import Table
+
+    kind = "averaged" if report.weights == "ema" else "raw"
+    views = f"{report.views[0]}x{report.views[1]} views"
+    title = f"{report.recipe}, step {report.step}, {kind} weights, {views}"
+    title += ", frames shuffled" if report.shuffle_frames else ""
+    table = Table("source", title=title, title_justify="left")
+    for column in ("samples", "top-1", "top-5", "top-1 softmax", "mean class", "loss"):
+        table.add_column(column, justify="right")
+    for source, result in report.sources.items():
+        shares = (result.top1, result.top5, result.top1_softmax, result.mean_class_accuracy)
+        table.add_row(
+            source, str(result.samples), *(f"{share:.1%}" for share in shares), f"{result.loss:.4f}"
+        )
+    Console().print(table)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,25 @@
+"""`tubeworks sync`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from framework.tracking.mirror import sync_run
+
+__all__ = ["sync_command"]
+
+
+def sync_command(run: Path) -> None:
+    """Send what MLflow lacks of a run, and say what was sent.
+
+    Errors:
+        TubeworksError: see `sync_run`.
+    """
+    from rich.console import Console
+
+    report = sync_run(run)
+    Console(highlight=False, soft_wrap=True).print(
+        f"sent {report.points} points and {report.files} files of {run} to MLflow run {report.run_id} "
+        f"at {report.uri}",
+        markup=False,
+    )

@@ -1,0 +1,124 @@
+"""Contact sheets: what went into the model and what came out, for the eye.
+
+Drawn with Pillow and not with matplotlib, whose first import builds a font cache for many seconds while the
+other ranks wait.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+if TYPE_CHECKING:
+    from framework.data.loader import Batch
+    from framework.data.sources import OpenSource
+
+__all__ = ["Tile", "batch_sheet", "contact_sheet", "spread_frames"]
+
+logger = logging.getLogger(__name__)
+
+SAMPLES = 16
+FRAMES = 4
+LONGEST_NAME = 26
+BACKGROUND, TEXT, RIGHT, WRONG = "#ffffff", "#1f2933", "#1a7f37", "#cf222e"
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One sample of a sheet."""
+
+    frames: NDArray[np.uint8]
+    """(frames, height, width, 3)"""
+    label: str
+    prediction: str | None = None
+    """None where nothing was predicted, as for a training batch."""
+
+
+def contact_sheet(tiles: Sequence[Tile], path: Path, title: str, frame_pixels: int = 112) -> Path:
+    """Draw samples in a grid: frames in a row, the true class below, the predicted one in green or red.
+
+    Frames are enlarged or reduced to `frame_pixels` in height. The PNG is written so that a reader sees the
+    old or the new one; returns its path.
+
+    Errors:
+        ValueError: no tiles.
+        OSError: the file cannot be written.
+    """
+    if not tiles:
+        raise ValueError("a contact sheet needs at least one sample")
+    strips = [_strip(tile.frames, frame_pixels) for tile in tiles]
+    cell = max(max(strip.width for strip in strips), 150)
+    columns = max(1, min(len(tiles), 960 // (cell + 12)))
+    rows = -(-len(tiles) // columns)
+    font, line = ImageFont.load_default(13), 18
+    height = frame_pixels + 2 * line + 14
+    sheet = Image.new("RGB", (columns * (cell + 12) + 12, rows * height + 40), BACKGROUND)
+    draw = ImageDraw.Draw(sheet)
+    draw.text((12, 10), title, fill=TEXT, font=ImageFont.load_default(15))
+    for number, (tile, strip) in enumerate(zip(tiles, strips, strict=True)):
+        left, top = 12 + number % columns * (cell + 12), 40 + number // columns * height
+        sheet.paste(strip, (left, top))
+        draw.text((left, top + frame_pixels + 2), _short(tile.label), fill=TEXT, font=font)
+        if tile.prediction is not None:
+            color = RIGHT if tile.prediction == tile.label else WRONG
+            text = f"→ {_short(tile.prediction)}"
+            draw.text((left, top + frame_pixels + 2 + line), text, fill=color, font=font)
+    return _save(sheet, path)
+
+
+def batch_sheet(run: Path, step: int, batch: Batch, sources: Mapping[str, OpenSource]) -> list[Path]:
+    """Picture the first samples of a training batch as the model gets them, one sheet per source.
+
+    A picture that cannot be drawn or written is a warning: it must not end a run.
+    """
+    written = []
+    for name, group in batch.groups.items():
+        names = sources[name].dataset.classes
+        pixels = group.pixels[:SAMPLES].numpy()  # (batch, 3, frames, height, width)
+        labels = group.labels[:SAMPLES].tolist()
+        tiles = [
+            Tile(spread_frames(sample), names[label]) for sample, label in zip(pixels, labels, strict=True)
+        ]
+        path = run / "pictures" / f"training-{name}.png"
+        try:
+            written.append(contact_sheet(tiles, path, f"{name}: training samples of step {step + 1}"))
+        except (OSError, ValueError) as error:
+            logger.warning("the picture %s could not be written: %s", path, error)
+    return written
+
+
+def spread_frames(sample: NDArray[np.uint8], count: int = FRAMES) -> NDArray[np.uint8]:
+    """At most `count` frames spread over a clip: (3, frames, h, w) -> (count, h, w, 3)."""
+    frames = sample.shape[1]
+    chosen = np.linspace(0, frames - 1, min(count, frames)).round().astype(int)
+    return np.ascontiguousarray(sample[:, chosen].transpose(1, 2, 3, 0))
+
+
+def _strip(frames: NDArray[np.uint8], height: int) -> Image.Image:
+    """Frames side by side."""
+    width = round(frames.shape[2] * height / frames.shape[1])
+    way = Image.Resampling.BOX if height < frames.shape[1] else Image.Resampling.NEAREST
+    strip = Image.new("RGB", (len(frames) * (width + 2) - 2, height), BACKGROUND)
+    for number, frame in enumerate(frames):
+        strip.paste(Image.fromarray(frame).resize((width, height), way), (number * (width + 2), 0))
+    return strip
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= LONGEST_NAME else text[: LONGEST_NAME - 1] + "…"
+
+
+def _save(sheet: Image.Image, path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    sheet.save(temporary, format="PNG", optimize=True)
+    temporary.replace(path)
+    return path
