@@ -1,0 +1,157 @@
+"""One sample from its shard to pixels: read, verify, decode, crop, resize, augment."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from framework.data.augment import random_box, resize, view_boxes
+from framework.data.clips import random_clip, uniform_clips
+from framework.data.image import decode_image
+from framework.data.manifest import SampleInfo
+from framework.data.randaugment import rand_augment
+from framework.data.randomness import Draws
+from framework.data.shards import ShardReader
+from framework.data.sources import OpenSource
+from framework.data.video import Box, Undecodable, VideoRequest, decode_video
+
+__all__ = ["STAGES", "SampleReader"]
+
+Pixels = NDArray[np.uint8]
+
+STAGES = ("read", "verify", "decode", "augment", "collate")
+"""Where the time of a sample goes; keys of `SampleReader.seconds`."""
+
+
+@dataclass(frozen=True)
+class _View:
+    """One view of a sample: frame indices in the order of the clip (with repeats), and a box of the frame."""
+
+    frames: Sequence[int]
+    box: Box
+
+
+class SampleReader:
+    """Turns samples of one source into views: uint8 arrays (frames, size, size, 3)."""
+
+    def __init__(self, opened: OpenSource) -> None:
+        self._opened = opened
+        self._shards = ShardReader(opened.manifest.folder, opened.name)
+        self.seconds: dict[str, float] = dict.fromkeys(STAGES, 0.0)
+
+    def info(self, index: int) -> SampleInfo:
+        """What the manifest says of the sample at a place of the source's selection."""
+        return self._opened.manifest.sample(int(self._opened.selection[index]))
+
+    def training_view(self, info: SampleInfo, seed: int) -> Pixels:
+        """The random view of a sample that `seed` decides: clip, crop, flip, RandAugment.
+
+        Errors:
+            CorruptSample: bytes that are not those of the manifest, or that do not decode.
+            DataError: the shard cannot be read.
+        """
+        source = self._opened.source
+        frames = [0]
+        if source.clip is not None:
+            frames = random_clip(source.clip, info.frames, info.fps, Draws(seed, "clip"))
+        box = random_box(Draws(seed, "crop"), info.height, info.width, source.augment)
+        pixels = self._views(info, [_View(frames, box)])[0]
+        with self._timed("augment"):
+            if Draws(seed, "flip").chance(source.augment.flip):
+                pixels = pixels[:, :, ::-1]
+            if source.augment.randaugment is not None:
+                pixels = rand_augment(pixels, source.augment.randaugment, Draws(seed, "randaugment"))
+        return pixels
+
+    def evaluation_views(
+        self, info: SampleInfo, temporal: int, spatial: int, *, shuffle_seed: int | None = None
+    ) -> Pixels:
+        """The fixed views of a sample: (views, frames, size, size, 3), temporal views slowest.
+
+        An image has one view, the middle. `shuffle_seed` (None: off) puts the frames of each clip into a
+        random order, the same for all views of the sample.
+        Errors are those of `training_view`.
+        """
+        clip = self._opened.source.clip
+        if clip is None:
+            boxes = view_boxes(info.height, info.width, 1)
+            return self._views(info, [_View([0], boxes[0])])
+        clips = uniform_clips(clip, info.frames, info.fps, temporal)
+        if shuffle_seed is not None:
+            order = Draws(shuffle_seed, "shuffle").permutation(clip.frames)
+            clips = [[frames[place] for place in order] for frames in clips]
+        boxes = view_boxes(info.height, info.width, spatial)
+        return self._views(info, [_View(frames, box) for frames in clips for box in boxes])
+
+    def _views(self, info: SampleInfo, views: Sequence[_View]) -> Pixels:
+        """Decode every frame once, and cut the views out of it: (views, frames, size, size, 3)."""
+        with self._timed("read"):
+            data = self._shards.read(info)
+        with self._timed("verify"):
+            self._shards.verify(info, data)
+        try:
+            if info.kind == "image":
+                return self._image_views(info, data, views)
+            return self._video_views(info, data, views)
+        except Undecodable as error:
+            raise self._shards.corrupt(info, f"does not decode: {error}") from error
+
+    def _image_views(self, info: SampleInfo, data: bytes, views: Sequence[_View]) -> Pixels:
+        with self._timed("decode"):
+            image = decode_image(data)
+        if image.shape[:2] != (info.height, info.width):
+            raise Undecodable(
+                f"{image.shape[1]}x{image.shape[0]} pixels, the manifest says {info.width}x{info.height}"
+            )
+        with self._timed("augment"):
+            return np.stack([self._cut(image[None], view.box) for view in views])
+
+    def _video_views(self, info: SampleInfo, data: bytes, views: Sequence[_View]) -> Pixels:
+        size, length = self._opened.source.size, len(views[0].frames)
+        wanted = sorted({index for view in views for index in view.frames})
+        boxes = sorted({view.box for view in views})
+        around = _bounding_box(boxes)
+        request = VideoRequest(wanted, info.frames, info.height, info.width, info.keyframes.tolist(), around)
+        result = np.empty((len(views), length, size, size, 3), np.uint8)
+        chunks = decode_video(data, request)
+        while True:
+            with self._timed("decode"):
+                indices, chunk = next(chunks, (None, None))
+            if indices is None or chunk is None:
+                return result
+            with self._timed("augment"):
+                for box in boxes:
+                    cut = self._cut(
+                        chunk, box._replace(top=box.top - around.top, left=box.left - around.left)
+                    )
+                    for row, view in enumerate(views):
+                        if view.box == box:
+                            frames = np.asarray(view.frames)
+                            here = np.isin(frames, indices)
+                            result[row, here] = cut[np.searchsorted(indices, frames[here])]
+
+    def _cut(self, frames: Pixels, box: Box) -> Pixels:
+        """A box of frames (n, height, width, 3), resized to the source's size."""
+        part = frames[:, box.top : box.top + box.height, box.left : box.left + box.width]
+        return resize(part, self._opened.source.size)
+
+    @contextmanager
+    def _timed(self, stage: str) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[stage] += time.perf_counter() - started
+
+
+def _bounding_box(boxes: Sequence[Box]) -> Box:
+    """The smallest box around all boxes."""
+    top, left = min(box.top for box in boxes), min(box.left for box in boxes)
+    bottom = max(box.top + box.height for box in boxes)
+    right = max(box.left + box.width for box in boxes)
+    return Box(top, left, bottom - top, right - left)

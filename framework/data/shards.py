@@ -1,0 +1,97 @@
+"""Byte access to samples inside shards: by offset, verified, and safe to share with forked workers."""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections import OrderedDict
+from pathlib import Path
+
+from framework.data.manifest import SampleInfo
+from framework.errors import CorruptSample, DataError
+
+__all__ = ["ShardReader"]
+
+
+class ShardReader:
+    """Reads samples from the shards of one folder, keeping at most `open_files` of them open.
+
+    Reading is by `pread`, which moves no file position, so descriptors inherited by a forked worker are safe.
+    """
+
+    def __init__(self, folder: Path, source: str, open_files: int = 32) -> None:
+        self._folder = folder
+        self._source = source
+        self._limit = open_files
+        self._files: OrderedDict[str, int] = OrderedDict()
+
+    def read(self, sample: SampleInfo) -> bytes:
+        """The media bytes of a sample, without looking at their checksum.
+
+        Errors:
+            DataError: the shard is missing or cannot be read.
+            CorruptSample: the shard ends before the sample does.
+        """
+        data = self._pread(sample.shard, sample.offset, sample.length)
+        if len(data) != sample.length:
+            raise self.corrupt(
+                sample, f"the shard ends after {len(data)} of the sample's {sample.length} bytes"
+            )
+        return data
+
+    def verify(self, sample: SampleInfo, data: bytes) -> None:
+        """Raise CorruptSample unless the bytes are those that were written into the shard."""
+        actual = zlib.crc32(data)
+        if actual != sample.crc32:
+            raise self.corrupt(
+                sample,
+                f"checksum of the bytes is {actual:08x}, the manifest says {sample.crc32:08x}: the shard was "
+                f"changed or damaged after it was written; copy {self._folder / sample.shard} again, or set "
+                "data.on_corrupt=substitute to train without the sample",
+            )
+
+    def corrupt(self, sample: SampleInfo, reason: str) -> CorruptSample:
+        """The error for a sample of this folder that cannot be used."""
+        return CorruptSample(
+            reason, source=self._source, shard=sample.shard, key=sample.key, offset=sample.offset
+        )
+
+    def close(self) -> None:
+        """Close all files; reading opens them again."""
+        while self._files:
+            os.close(self._files.popitem()[1])
+
+    def __del__(self) -> None:
+        self.close()
+
+    def _pread(self, shard: str, offset: int, length: int) -> bytes:
+        path = self._folder / shard
+        try:
+            descriptor = self._descriptor(shard)
+            data = os.pread(descriptor, length, offset)
+            while len(data) < length:  # the kernel returns at most 2 GiB at once, and less on some networks
+                more = os.pread(descriptor, length - len(data), offset + len(data))
+                if not more:
+                    break
+                data += more
+        except FileNotFoundError:
+            raise DataError(
+                f"source {self._source}: shard {path} is missing; it was there when the run started: "
+                "restore it and start again, the run goes on from its last checkpoint"
+            ) from None
+        except OSError as error:
+            raise DataError(
+                f"source {self._source}: cannot read {length} bytes at offset {offset} of {path}: "
+                f"{error.strerror or error}; check the file system and the permissions"
+            ) from error
+        return data
+
+    def _descriptor(self, shard: str) -> int:
+        if shard in self._files:
+            self._files.move_to_end(shard)
+            return self._files[shard]
+        while len(self._files) >= self._limit:
+            os.close(self._files.popitem(last=False)[1])
+        descriptor = os.open(self._folder / shard, os.O_RDONLY | os.O_CLOEXEC)
+        self._files[shard] = descriptor
+        return descriptor

@@ -1,0 +1,146 @@
+"""The sources of a recipe, opened and checked before any GPU time is spent."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from framework.data.manifest import MANIFEST_NAME, DatasetInfo, Manifest
+from framework.data.plan import Plan, PlanSource
+from framework.errors import DataError
+from framework.recipe.schema import Recipe, Source
+
+__all__ = ["OpenSource", "Split", "build_plan", "open_sources"]
+
+Split = Literal["train", "validation"]
+
+
+@dataclass(frozen=True)
+class OpenSource:
+    """A source with its manifest; `selection` holds the places of its samples in the manifest, ascending."""
+
+    name: str
+    source: Source
+    manifest: Manifest
+    dataset: DatasetInfo
+    selection: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.selection)
+
+    @property
+    def identity(self) -> str:
+        """A hash of the manifest and of what was selected from it."""
+        text = f"{self.manifest.hash}\n{self.dataset.name}"
+        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+    def keys(self, index: NDArray[np.int64]) -> list[str]:
+        """Sample keys at places of the selection."""
+        return [str(self.manifest.sample(int(place)).key) for place in self.selection[index]]
+
+
+def open_sources(recipe: Recipe, split: Split = "train") -> dict[str, OpenSource]:
+    """Open the sources of the mixture; for "validation" those that have held-out shards.
+
+    Errors:
+        DataError: a folder without a manifest, shards that are missing or short, a data set that is not
+            there, or classes, labels, frames or rates that do not fit the recipe.
+    """
+    opened = {}
+    for name in recipe.data.mixture:
+        source = recipe.data.sources[name]
+        folder = source.path if split == "train" else source.validation
+        if folder is not None:
+            opened[name] = _open_source(name, source, Path(folder), split)
+    return opened
+
+
+def build_plan(recipe: Recipe, sources: Mapping[str, OpenSource]) -> Plan:
+    """The plan of a run over its training sources.
+
+    Errors:
+        DataError: a source of the mixture is not among `sources`.
+    """
+    missing = [name for name in recipe.data.mixture if name not in sources]
+    if missing:
+        raise DataError(f"sources of the mixture that were not opened: {', '.join(missing)}")
+    return Plan(
+        [_plan_source(sources[name], count) for name, count in recipe.data.mixture.items()],
+        seed=recipe.seed,
+        block=recipe.data.block,
+    )
+
+
+def _plan_source(opened: OpenSource, count: int) -> PlanSource:
+    shards = opened.manifest.column("shard")[opened.selection]
+    sizes = np.bincount(shards, minlength=len(opened.manifest.shards)).astype(np.int64)
+    return PlanSource(opened.name, count, sizes, opened.identity)
+
+
+def _open_source(name: str, source: Source, folder: Path, split: Split) -> OpenSource:
+    manifest = Manifest.open(folder)
+    dataset = manifest.find(source.dataset, name, source.kind)
+    opened = OpenSource(name, source, manifest, dataset, manifest.select(source.dataset, name, source.kind))
+    _check_classes(opened)
+    if split == "validation":
+        _check_same_classes(opened, Path(source.path))
+    _check_media(opened)
+    return opened
+
+
+def _where(opened: OpenSource) -> str:
+    return f"source {opened.name}: data set {opened.dataset.name!r} in {opened.manifest.folder}"
+
+
+def _check_classes(opened: OpenSource) -> None:
+    if len(opened) == 0:
+        raise DataError(f"{_where(opened)} holds no samples; shard it anew, or leave it out of data.mixture")
+    found, asked = len(opened.dataset.classes), opened.source.classes
+    if found != asked:
+        raise DataError(
+            f"{_where(opened)} has {found} classes, the recipe says {asked}: "
+            f"set data.sources.{opened.name}.classes={found}, or point the source to the right shards"
+        )
+    labels = opened.manifest.column("label")[opened.selection]
+    if int(labels.min()) < 0 or int(labels.max()) >= found:
+        raise DataError(
+            f"{_where(opened)} has labels from {labels.min()} to {labels.max()}, but {found} classes: "
+            "the manifest contradicts itself; shard the data anew"
+        )
+
+
+def _check_same_classes(opened: OpenSource, training: Path) -> None:
+    """Label n must mean the same class in both folders; a folder that is not here cannot be compared."""
+    if not (training / MANIFEST_NAME).exists():
+        return
+    trained = Manifest.open(training).find(opened.source.dataset, opened.name, opened.source.kind)
+    for label, (one, other) in enumerate(zip(trained.classes, opened.dataset.classes, strict=False)):
+        if one != other:
+            raise DataError(
+                f"{_where(opened)}: label {label} is {other!r}, but {one!r} in the training shards "
+                f"{training}: shard both splits with the same list of classes"
+            )
+
+
+def _check_media(opened: OpenSource) -> None:
+    manifest, selection = opened.manifest, opened.selection
+    frames = manifest.column("frames")[selection]
+    if int(frames.min()) < 1:
+        key = manifest.sample(int(selection[int(frames.argmin())])).key
+        raise DataError(f"{_where(opened)}: sample {key} has no decodable frame; shard the data anew")
+    clip = opened.source.clip
+    if clip is not None and clip.fps is not None:
+        fps = manifest.column("fps")[selection]
+        bad = np.flatnonzero(~(np.isfinite(fps) & (fps > 0)))
+        if len(bad):
+            key = manifest.sample(int(selection[bad[0]])).key
+            raise DataError(
+                f"{_where(opened)}: {len(bad)} samples, {key} for one, do not say how many frames a second "
+                f"they have: take frames by data.sources.{opened.name}.clip.stride instead of clip.fps"
+            )

@@ -1,0 +1,298 @@
+"""From video bytes to RGB frames: exactly those that are asked for, on one thread.
+
+Frame indices count the frames that a decoder puts out when it runs through the whole file, which is what the
+manifest counted. torchcodec decodes where it really can on this machine, else PyAV; both give the same frames
+for the same indices. Display matrices (a rotation stored beside the frames) are not applied: the manifest's
+width and height describe the pixels as stored.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import io
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, cast
+
+import av
+import av.container
+import av.error
+import numpy as np
+from av.video.reformatter import VideoReformatter
+from numpy.typing import NDArray
+
+__all__ = ["MAX_SIDE", "Backend", "Box", "Undecodable", "VideoRequest", "decode_video", "video_backend"]
+
+log = logging.getLogger(__name__)
+
+Backend = Literal["torchcodec", "pyav"]
+Frames = NDArray[np.uint8]
+
+MAX_SIDE = 8192
+"""Frames wider or higher than this are refused before they are decoded."""
+_CHUNK_BYTES = 1 << 26
+_OPTIONS = {
+    "format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,mpegvideo,flv,asf,ogg",
+    "protocol_whitelist": "pipe",
+}
+_RESTART_GAIN = 4  # frames that a restart at a later key frame must save to be worth its flush
+
+
+class Undecodable(ValueError):
+    """Bytes that do not decode to what is expected; the reader adds which sample it was."""
+
+
+class Box(NamedTuple):
+    """A rectangle of pixels in a frame."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+
+@dataclass(frozen=True)
+class VideoRequest:
+    """Which frames of a video are wanted, and what the manifest knows about it.
+
+    `wanted` are frame indices, ascending and without repeats; `total` is the number of decodable frames,
+    `keyframes` the indices of its key frames, `height` and `width` the size of its frames in pixels; only
+    `box` of each frame is returned (None: all of it).
+    """
+
+    wanted: Sequence[int]
+    total: int
+    height: int
+    width: int
+    keyframes: Sequence[int] = field(default=())
+    box: Box | None = None
+
+    @property
+    def area(self) -> Box:
+        """The rectangle that is returned."""
+        return self.box or Box(0, 0, self.height, self.width)
+
+
+def decode_video(
+    data: bytes, request: VideoRequest, backend: Backend | None = None
+) -> Iterator[tuple[NDArray[np.int64], Frames]]:
+    """Yield the wanted frames in order, in chunks that bound memory.
+
+    Each chunk is (indices (n,), frames uint8 (n, height, width, 3) of the request's box).
+
+    Errors:
+        Undecodable: the bytes are no video, a wanted frame does not come out, or frames are too large.
+    """
+    if max(request.height, request.width) > MAX_SIDE:
+        raise Undecodable(f"frames of {request.width}x{request.height} pixels; at most {MAX_SIDE} a side")
+    if not request.wanted or request.wanted[-1] >= request.total or request.wanted[0] < 0:
+        raise Undecodable(f"frames {list(request.wanted)} asked of a video of {request.total}")
+    chosen = backend or video_backend()
+    frames = _torchcodec_frames(data, request) if chosen == "torchcodec" else _pyav_frames(data, request)
+    return _chunks(frames, request)
+
+
+def _chunks(frames: Iterator[Frames], request: VideoRequest) -> Iterator[tuple[NDArray[np.int64], Frames]]:
+    """Collect single frames into arrays of at most `_CHUNK_BYTES`."""
+    wanted = np.asarray(request.wanted, np.int64)
+    _, _, height, width = request.area
+    length = min(len(wanted), max(1, _CHUNK_BYTES // (height * width * 3)))
+    for start in range(0, len(wanted), length):
+        indices = wanted[start : start + length]
+        chunk = np.empty((len(indices), height, width, 3), np.uint8)
+        for row, index in enumerate(indices):
+            frame = next(frames, None)
+            if frame is None:
+                raise Undecodable(f"frame {index} of {request.total} does not come out of the decoder")
+            chunk[row] = frame
+        yield indices, chunk
+
+
+# --- PyAV -------------------------------------------------------------------------------------------------
+
+
+class _Missed(Exception):
+    """The quick way lost a frame; only running through the whole file tells."""
+
+
+def _pyav_frames(data: bytes, request: VideoRequest) -> Iterator[Frames]:
+    """The wanted frames by the quick way; from the first one that it loses on, by the sure way."""
+    area = request.area
+    reformatter = VideoReformatter()  # one for all frames: making one costs as much as converting a frame
+    given = 0
+    for decoder in (_indexed_decode, _sequential_decode):
+        try:
+            for frame in decoder(data, request, request.wanted[given:]):
+                yield _rgb(reformatter, frame, request, area)
+                given += 1
+            return
+        except _Missed:
+            log.debug("decoding from the start: the packets do not tell where frame %d is", given)
+        except (av.error.FFmpegError, ValueError, OverflowError) as error:
+            if isinstance(error, Undecodable):
+                raise
+            if decoder is _sequential_decode:
+                raise Undecodable(f"{type(error).__name__}: {error}") from error
+
+
+def _rgb(reformatter: VideoReformatter, frame: av.VideoFrame, request: VideoRequest, area: Box) -> Frames:
+    """The request's box of a decoded frame as a view (height, width, 3) of its RGB conversion."""
+    # A file may change its frame size in the middle; all frames are brought to the size of the manifest.
+    converted = reformatter.reformat(frame, width=request.width, height=request.height, format="rgb24")
+    plane = converted.planes[0]
+    rows = np.frombuffer(cast(Any, plane), np.uint8).reshape(-1, plane.line_size)[: request.height]
+    pixels = rows[:, : request.width * 3].reshape(request.height, request.width, 3)
+    return pixels[area.top : area.top + area.height, area.left : area.left + area.width]
+
+
+def _container(data: bytes) -> av.container.InputContainer:
+    """Open bytes that may come from a stranger: no playlists, no other files, no strict metadata."""
+    return av.open(io.BytesIO(data), metadata_errors="ignore", options=dict(_OPTIONS))
+
+
+def _open(container: av.container.InputContainer) -> av.VideoStream:
+    if not container.streams.video:
+        raise Undecodable("there is no video stream")
+    stream = container.streams.video[0]
+    if max(stream.codec_context.width, stream.codec_context.height) > MAX_SIDE:
+        raise Undecodable(f"frames are larger than {MAX_SIDE} pixels a side")
+    stream.thread_type = "NONE"  # frame threads deadlock in forked workers, and cores are full already
+    return stream
+
+
+def _sequential_decode(data: bytes, request: VideoRequest, wanted: Sequence[int]) -> Iterator[av.VideoFrame]:
+    """Decode from the start and count: right for every file, whatever its timestamps say."""
+    targets, last = set(wanted), wanted[-1]
+    with _container(data) as container:
+        for index, frame in enumerate(container.decode(_open(container))):
+            if index in targets:
+                yield frame
+            if index >= last:
+                return
+
+
+def _indexed_decode(data: bytes, request: VideoRequest, wanted: Sequence[int]) -> Iterator[av.VideoFrame]:
+    """Decode from the nearest key frames, leaving out what no wanted frame needs.
+
+    The presentation times of all packets, sorted, give each frame its index. Decoding starts at the packet of
+    the last key frame before a wanted frame; frames that nothing refers to and nobody wants are skipped.
+
+    Errors:
+        _Missed: the packets have no unique times, are not as many as the frames, or a frame did not come out.
+    """
+    with _container(data) as container:
+        stream = _open(container)
+        packets = [packet for packet in container.demux(stream) if packet.size > 0]
+        times = {packet.pts for packet in packets if not packet.is_discard}
+        if None in times or len(times) != request.total or len(packets) != request.total:
+            raise _Missed
+        table = sorted(cast(set[int], times))
+        starts = _start_packets(packets, table, request.keyframes)
+        position = -1
+        pending = list(wanted)
+        while pending:
+            first = pending[0]
+            start = max((key for key in starts if key <= first), default=None)
+            if start is None or start <= position:
+                raise _Missed
+            following = min((key for key in starts if key > first), default=request.total)
+            later = [index for index in pending if index < following]
+            # One stretch goes on over key frames as long as a restart would save next to nothing.
+            for index in pending[len(later) :]:
+                key = max(key for key in starts if key <= index)
+                if key - later[-1] > _RESTART_GAIN:
+                    break
+                later.append(index)
+            codec = stream.codec_context
+            if position >= 0:
+                codec.flush_buffers()
+            yield from _decode_stretch(codec, packets[starts[start] :], [table[index] for index in later])
+            position = start
+            pending = pending[len(later) :]
+
+
+def _start_packets(
+    packets: Sequence[av.Packet[Any]], table: Sequence[int], keyframes: Sequence[int]
+) -> dict[int, int]:
+    """Places in `packets` where decoding may start: those key frames that manifest and packets agree on."""
+    places = {packet.pts: place for place, packet in enumerate(packets) if packet.is_keyframe}
+    starts = {int(key): places[table[key]] for key in keyframes if key < len(table) and table[key] in places}
+    starts.setdefault(0, 0)
+    return starts
+
+
+def _decode_stretch(codec: Any, packets: Sequence[Any], times: Sequence[int]) -> Iterator[av.VideoFrame]:
+    """The frames with the given ascending presentation times, decoded from the first packet on."""
+    targets, given = set(times), 0
+    for packet in [*packets, None]:
+        if packet is not None:
+            codec.skip_frame = "DEFAULT" if packet.pts in targets else "NONREF"
+        for frame in codec.decode(packet):
+            if frame.pts not in targets:
+                continue
+            if frame.pts != times[given]:
+                raise _Missed
+            yield frame
+            given += 1
+            if given == len(times):
+                return
+    raise _Missed
+
+
+# --- torchcodec -------------------------------------------------------------------------------------------
+
+
+def _torchcodec_frames(data: bytes, request: VideoRequest) -> Iterator[Frames]:
+    """The wanted frames by torchcodec, or by PyAV for files whose frames torchcodec counts differently."""
+    decoders = importlib.import_module("torchcodec.decoders")
+    try:
+        decoder = decoders.VideoDecoder(data, dimension_order="NHWC", num_ffmpeg_threads=1, seek_mode="exact")
+        about = decoder.metadata
+        fits = about.num_frames == request.total and (about.height, about.width) == (
+            request.height,
+            request.width,
+        )
+    except (RuntimeError, ValueError) as error:
+        raise Undecodable(f"torchcodec: {error}") from error
+    if not fits:
+        yield from _pyav_frames(data, request)
+        return
+    area = request.area
+    rows, columns = slice(area.top, area.top + area.height), slice(area.left, area.left + area.width)
+    length = max(1, _CHUNK_BYTES // (request.height * request.width * 3))
+    for start in range(0, len(request.wanted), length):
+        try:
+            batch = decoder.get_frames_at(indices=list(request.wanted[start : start + length])).data
+        except (RuntimeError, IndexError) as error:
+            raise Undecodable(f"torchcodec: {error}") from error
+        yield from batch.numpy()[:, rows, columns]
+
+
+@functools.cache
+def video_backend() -> Backend:
+    """The backend that decodes on this machine, found by decoding a frame; logged once per process."""
+    try:
+        request = VideoRequest(wanted=(1,), total=2, height=32, width=32)
+        frames = list(_torchcodec_frames(_probe_clip(), request))
+    except (ImportError, OSError, RuntimeError, Undecodable) as error:
+        log.info("videos are decoded by PyAV %s (torchcodec: %s)", av.__version__, str(error).split("\n")[0])
+        return "pyav"
+    if len(frames) != 1 or frames[0].shape != (32, 32, 3):
+        log.warning("videos are decoded by PyAV: torchcodec imports, but does not give the frames asked for")
+        return "pyav"
+    log.info("videos are decoded by torchcodec")
+    return "torchcodec"
+
+
+def _probe_clip() -> bytes:
+    """A video of two grey frames."""
+    file = io.BytesIO()
+    with av.open(file, "w", format="mp4") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 32, 32, "yuv420p"
+        for _ in range(2):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.full((32, 32, 3), 128, np.uint8))))
+        container.mux(stream.encode())
+    return file.getvalue()
