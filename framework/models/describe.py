@@ -89,7 +89,7 @@ def describe_recipe(recipe: Recipe) -> dict[str, Any]:
     return {
         "model": recipe.model.name,
         **asdict(model.size),
-        "parameters": asdict(parameters),
+        "parameters": {**asdict(parameters), "tubes": list(parameters.tubes)},
         "tubes": [
             {**tube.model_dump(mode="json"), "sub_stride": list(sub_stride(tube)), "parameters": count}
             for tube, count in zip(model.tokenizer.shapes, parameters.tubes, strict=True)

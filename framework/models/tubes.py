@@ -85,24 +85,26 @@ def name_tube(tubes: Sequence[Tube], number: int) -> str:
 
 
 def _grid(tubes: Sequence[Tube], number: int, clip: tuple[int, int, int]) -> tuple[int, int, int]:
-    tube, name = tubes[number], name_tube(tubes, number)
+    tube = tubes[number]
     shape = []
     for axis, length in enumerate(clip):
         factor = tube.space_to_depth[axis]
         count = _sub_tubes(tube, axis, length)
         if count < 1:
-            need = tube.kernel[axis] + tube.offset[axis]
-            raise ModelError(
-                f"{name} does not fit into a clip of {length} {AXES[axis]}: its kernel and offset need at "
-                f"least {need}; give the source {need} or more, or take a smaller tube"
+            reason = (
+                f"does not fit into a clip of {length} {AXES[axis]}: "
+                f"its kernel and offset need at least {tube.kernel[axis] + tube.offset[axis]}"
             )
-        if count % factor:
-            fitting = _fitting_lengths(tube, axis, length)
-            raise ModelError(
-                f"{name} makes {count} sub-tubes of {length} {AXES[axis]}, which its Space-to-Depth factor "
-                f"{factor} does not divide; nearest lengths that work: {' and '.join(map(str, fitting))}"
+        elif count % factor:
+            reason = (
+                f"makes {count} sub-tubes of {length} {AXES[axis]}, "
+                f"which its Space-to-Depth factor {factor} does not divide"
             )
-        shape.append(count // factor)
+        else:
+            shape.append(count // factor)
+            continue
+        used = tubes if clip[0] > 1 else [tube]
+        raise ModelError(f"{name_tube(tubes, number)} {reason}; {_advice(used, axis, length)}")
     return shape[0], shape[1], shape[2]
 
 
@@ -111,14 +113,20 @@ def _sub_tubes(tube: Tube, axis: int, length: int) -> int:
     return (length - tube.offset[axis] - tube.kernel[axis]) // sub_stride(tube)[axis] + 1
 
 
-def _fitting_lengths(tube: Tube, axis: int, length: int) -> list[int]:
-    def fits(candidate: int) -> bool:
-        count = _sub_tubes(tube, axis, candidate)
-        return count > 0 and count % tube.space_to_depth[axis] == 0
+def _advice(tubes: Sequence[Tube], axis: int, length: int) -> str:
+    """The nearest lengths of an axis that all tubes can read."""
 
+    def fits(candidate: int) -> bool:
+        counts = [(_sub_tubes(tube, axis, candidate), tube.space_to_depth[axis]) for tube in tubes]
+        return all(count > 0 and count % factor == 0 for count, factor in counts)
+
+    far = 2 * max(length, *(tube.kernel[axis] + tube.offset[axis] + 8 * tube.stride[axis] for tube in tubes))
     below = next((candidate for candidate in range(length - 1, 0, -1) if fits(candidate)), None)
-    above = next(candidate for candidate in range(length + 1, 2**31) if fits(candidate))
-    return [candidate for candidate in (below, above) if candidate is not None]
+    above = next((candidate for candidate in range(length + 1, far) if fits(candidate)), None)
+    working = [str(candidate) for candidate in (below, above) if candidate is not None]
+    if not working:
+        return f"no number of {AXES[axis]} near that suits all tubes: change the tubes"
+    return f"nearest number of {AXES[axis]} that suits all tubes: {' or '.join(working)}"
 
 
 def sub_stride(tube: Tube) -> tuple[int, int, int]:
