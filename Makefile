@@ -4,8 +4,8 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-# what some tests need beside Python packages: a browser for the MLflow pages
-SYSTEM_PACKAGES := chromium
+# what some tests need beside Python packages: a browser for the MLflow pages, FFmpeg for torchcodec
+SYSTEM_PACKAGES := chromium ffmpeg
 
 help:
 	@echo "make demo     install, make a small data set, shard it, train, evaluate, print a table"
@@ -18,7 +18,7 @@ install:
 	@$(PYTHON) launch/bootstrap.py
 
 install-dev:
-	@$(PYTHON) launch/bootstrap.py dev simplejpeg
+	@$(PYTHON) launch/bootstrap.py dev simplejpeg torchcodec
 
 demo: install
 	@$(BIN)/python -m launch.demo

@@ -6,7 +6,6 @@ Whatever takes long to import (torch, DeepSpeed, MLflow, pydantic) is imported i
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import logging
 import os
@@ -17,8 +16,10 @@ from typing import Annotated, Any, Optional
 import typer
 from typer.core import TyperGroup
 
+from data_tools.cli import app as data_app
 from framework import __version__
 from framework.errors import TubeworksError
+from framework.world import World
 
 __all__ = ["app", "main"]
 
@@ -43,6 +44,14 @@ class _Root(TyperGroup):
         return result
 
 
+class _Lines(logging.Formatter):
+    """What is told stands alone; warnings and worse say what they are."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        return text if record.levelno < logging.WARNING else f"{record.levelname.lower()}: {text}"
+
+
 app = typer.Typer(
     cls=_Root,
     no_args_is_help=True,
@@ -52,10 +61,7 @@ app = typer.Typer(
 )
 recipe_app = typer.Typer(no_args_is_help=True, help="Look at recipes.")
 checkpoint_app = typer.Typer(no_args_is_help=True, help="List, verify and prune the checkpoints of a run.")
-if importlib.util.find_spec("data_tools.cli"):
-    from data_tools.cli import app as data_app
-
-    app.add_typer(data_app, name="data")
+app.add_typer(data_app, name="data")
 app.add_typer(recipe_app, name="recipe")
 app.add_typer(checkpoint_app, name="ckpt")
 
@@ -84,7 +90,9 @@ def root(
     ] = False,
 ) -> None:
     """Pretrain joint image-and-video transformers from shards, on DeepSpeed, recorded in MLflow."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Lines())
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     for package in ("framework", "launch", "data_tools"):
         logging.getLogger(package).setLevel(logging.INFO)
 
@@ -129,11 +137,25 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Evaluate the newest checkpoint of a run on its held-out shards."""
+    if ranks is not None and ranks > 1 and World.from_env() is None:
+        options = {"--views": views, "--weights": weights}
+        arguments = [part for name, value in options.items() if value is not None for part in (name, value)]
+        switches = {"--shuffle-frames": shuffle_frames, "--json": as_json}
+        arguments += [name for name, wanted in switches.items() if wanted]
+        raise typer.Exit(_evaluate_on_ranks(run, ranks, arguments))
     from framework.evaluation.command import evaluate_command
 
     evaluate_command(
         run, views=views, shuffle_frames=shuffle_frames, ranks=ranks, weights=weights, as_json=as_json
     )
+
+
+def _evaluate_on_ranks(run: Path, ranks: int, arguments: list[str]) -> int:
+    from launch.local import run_ranks
+
+    if not run.is_dir():
+        raise TubeworksError(f"there is no run folder {run}")
+    return run_ranks(["eval", str(run), *arguments], ranks, run / "logs")
 
 
 @app.command()
