@@ -77,7 +77,7 @@ class ShardInfo:
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """One data set inside the shards; a label is an index into `classes`."""
+    """One data set inside the shards; a label is an index into `classes`, or -1 where it is not known."""
 
     name: str
     split: str
@@ -117,11 +117,14 @@ class Manifest:
         shards: tuple[ShardInfo, ...],
         datasets: tuple[DatasetInfo, ...],
         batch: pyarrow.RecordBatch,
+        samples_checksum: str,
     ) -> None:
         self.folder = folder
         self.hash = digest
         self.shards = shards
         self.datasets = datasets
+        self.samples_checksum = samples_checksum
+        """blake2b that samples.arrow should have; compared by `tubeworks data verify`, not here."""
         self._batch = batch
         self._columns: dict[str, numpy.ndarray] = {}
 
@@ -137,14 +140,15 @@ class Manifest:
         content = _parse(folder, raw)
         shards, datasets = _shards_of(folder, content), _datasets_of(folder, content)
         _check_shard_files(folder, shards)
-        batch = _open_samples(folder, _field(folder, content, "samples"))
+        batch, samples_checksum = _open_samples(folder, _field(folder, content, "samples"))
         expected = sum(shard.samples for shard in shards)
         if not len(batch) == expected == sum(dataset.samples for dataset in datasets):
             raise DataError(
                 f"{folder}: {SAMPLES_NAME} lists {len(batch)} samples, the shards of {MANIFEST_NAME} hold"
                 f" {expected}: the files do not belong together; copy the folder again or shard anew"
             )
-        return cls(folder, hashlib.blake2b(raw, digest_size=16).hexdigest(), shards, datasets, batch)
+        digest = hashlib.blake2b(raw, digest_size=16).hexdigest()
+        return cls(folder, digest, shards, datasets, batch, samples_checksum)
 
     def __len__(self) -> int:
         return len(self._batch)
@@ -329,12 +333,13 @@ def _check_shard_files(folder: Path, shards: Sequence[ShardInfo]) -> None:
             )
 
 
-def _open_samples(folder: Path, entry: Any) -> pyarrow.RecordBatch:
-    """Memory-map samples.arrow after checking that it is the file that the manifest speaks of."""
+def _open_samples(folder: Path, entry: Any) -> tuple[pyarrow.RecordBatch, str]:
+    """Memory-map samples.arrow after checking its size and columns; also the checksum that it should have."""
     path = folder / SAMPLES_NAME
     advice = "copy the folder again or shard anew"
     try:
         size, count, name = int(entry["bytes"]), int(entry["count"]), entry["file"]
+        digest = str(entry["blake2b"])
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{folder / MANIFEST_NAME}: the entry `samples` is malformed ({error!r})") from error
     if name != SAMPLES_NAME:
@@ -355,4 +360,4 @@ def _open_samples(folder: Path, entry: Any) -> pyarrow.RecordBatch:
         raise DataError(f"{path}: cannot be read ({error}); {advice}") from error
     if len(batch) != count:
         raise DataError(f"{path}: {len(batch)} samples instead of {count}; {advice}")
-    return batch
+    return batch, digest

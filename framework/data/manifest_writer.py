@@ -125,7 +125,7 @@ def _check(
         kinds = numpy.array([KINDS.index(entry.kind) for entry in datasets], dtype=numpy.int64)
         if (columns["offset"] + columns["length"] > sizes[shard]).any():
             problem = "a sample lies outside its shard"
-        elif ((columns["label"] < 0) | (columns["label"] >= classes[dataset])).any():
+        elif ((columns["label"] < -1) | (columns["label"] >= classes[dataset])).any():
             problem = "a label is outside its data set's classes"
         elif (columns["kind"] != kinds[dataset]).any():
             problem = "a sample's kind is not that of its data set"

@@ -1,0 +1,305 @@
+"""What is to be sharded: collections of files as they were found, and items with keys, labels and readers.
+
+A collection is one input (a Kinetics list, a tree of class folders, an archive). `inventory` joins them to the
+data sets and items of one set of shards; from there on nothing depends on where an item came from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from framework.data.manifest import Kind
+from framework.errors import DataError
+
+__all__ = [
+    "IMAGE_SUFFIXES",
+    "VIDEO_SUFFIXES",
+    "Collection",
+    "DatasetPlan",
+    "Entry",
+    "Failure",
+    "FileReader",
+    "Inventory",
+    "Item",
+    "MemberReader",
+    "Reader",
+    "Unusable",
+    "display",
+    "inventory",
+    "kind_of_suffix",
+]
+
+IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "jpe", "png", "webp", "bmp", "gif", "tif", "tiff"})
+VIDEO_SUFFIXES = frozenset(
+    {"mp4", "m4v", "mov", "mkv", "webm", "avi", "mpg", "mpeg", "ts", "flv", "wmv", "3gp", "ogv"}
+)
+_DATASET_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+_STEM_LENGTH = 80  # USTAR: the part of a member's name after the last slash has at most 100 bytes
+
+
+class Unusable(DataError):
+    """One file that cannot become a sample; the message says why. It is reported and left out."""
+
+
+class Reader(Protocol):
+    """Where the bytes of an item come from. Readers travel to worker processes."""
+
+    @property
+    def size(self) -> int:
+        """Number of bytes, or an estimate where they are made on the way."""
+        ...
+
+    @property
+    def identity(self) -> str:
+        """Changes when the bytes may have changed: what tells whether unfinished work can be continued."""
+        ...
+
+    def read(self) -> bytes:
+        """All bytes; OSError or Unusable if that is not possible."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class FileReader:
+    """A file on disk."""
+
+    path: str
+    size: int
+    modified: int
+
+    @classmethod
+    def of(cls, path: str | Path | os.DirEntry[str]) -> FileReader:
+        """The file at `path` as it is now."""
+        status = os.stat(path)
+        return cls(os.fspath(path), status.st_size, status.st_mtime_ns)
+
+    @property
+    def identity(self) -> str:
+        return f"{display(self.path)}:{self.size}:{self.modified}"
+
+    def read(self) -> bytes:
+        with open(self.path, "rb") as file:
+            return file.read()
+
+
+@dataclass(frozen=True, slots=True)
+class MemberReader:
+    """A regular file inside an uncompressed tar archive, read in place."""
+
+    archive: str
+    modified: int
+    offset: int
+    size: int
+
+    @property
+    def identity(self) -> str:
+        return f"{display(self.archive)}:{self.modified}:{self.offset}:{self.size}"
+
+    def read(self) -> bytes:
+        with open(self.archive, "rb") as file:
+            file.seek(self.offset)
+            data = file.read(self.size)
+        if len(data) != self.size:
+            raise Unusable(f"the archive ends inside this file ({len(data)} of {self.size} bytes)")
+        return data
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A file that was found: its place in the input, the stem for its key, its class (None: unknown)."""
+
+    source: str
+    stem: str
+    class_name: str | None
+    reader: Reader
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A file that was left out, and why."""
+
+    key: str
+    reason: str
+
+
+@dataclass
+class Collection:
+    """One input after looking at names only; `classes` in the order of their labels."""
+
+    name: str
+    split: str
+    kind: Kind
+    classes: tuple[str, ...]
+    entries: list[Entry] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    failed: list[Failure] = field(default_factory=list)
+    fixed_classes: bool = False
+    """The classes were given and must not be extended by those of another collection."""
+
+    def __post_init__(self) -> None:
+        if not _DATASET_NAME.fullmatch(self.name):
+            raise DataError(
+                f"{self.name!r} cannot name a data set: use up to 64 letters, digits, - and _ (see --name)"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One sample to be: `dataset` is an index into the data sets, `label` -1 where the class is unknown."""
+
+    key: str
+    dataset: int
+    kind: Kind
+    label: int
+    class_name: str | None
+    source: str
+    reader: Reader
+
+
+@dataclass(frozen=True, slots=True)
+class DatasetPlan:
+    """A data set to be written."""
+
+    name: str
+    split: str
+    kind: Kind
+    classes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """All that goes into one set of shards, items sorted by key; and what is known to be left out."""
+
+    datasets: tuple[DatasetPlan, ...]
+    items: tuple[Item, ...]
+    missing: tuple[str, ...]
+    failed: tuple[Failure, ...]
+
+
+def display(text: str) -> str:
+    """`text` as valid Unicode: bytes of a file name that are not UTF-8 become backslash escapes."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def kind_of_suffix(name: str) -> Kind | None:
+    """The media kind that a file name promises; None if it promises none."""
+    suffix = os.path.splitext(name)[1].lower().lstrip(".")
+    if suffix in VIDEO_SUFFIXES:
+        return "video"
+    return "image" if suffix in IMAGE_SUFFIXES else None
+
+
+def inventory(collections: Sequence[Collection]) -> Inventory:
+    """Join collections to the items of one set of shards; collections of one name become one data set.
+
+    Raises DataError if two of one name differ in kind or split, or if there is nothing to shard.
+    """
+    datasets = _datasets(collections)
+    labels = [{name: label for label, name in enumerate(dataset.classes)} for dataset in datasets]
+    index = {dataset.name: number for number, dataset in enumerate(datasets)}
+    items: list[Item] = []
+    for collection, stems in zip(collections, _stems(collections), strict=True):
+        number = index[collection.name]
+        for entry, stem in zip(collection.entries, stems, strict=True):
+            items.append(
+                Item(
+                    key=f"{collection.name}/{stem}",
+                    dataset=number,
+                    kind=collection.kind,
+                    label=-1 if entry.class_name is None else labels[number][entry.class_name],
+                    class_name=entry.class_name,
+                    source=display(entry.source),
+                    reader=entry.reader,
+                )
+            )
+    items.sort(key=lambda item: item.key)
+    return Inventory(
+        datasets=datasets,
+        items=tuple(items),
+        missing=tuple(name for collection in collections for name in collection.missing),
+        failed=tuple(failure for collection in collections for failure in collection.failed),
+    )
+
+
+def _datasets(collections: Sequence[Collection]) -> tuple[DatasetPlan, ...]:
+    merged: dict[str, Collection] = {}
+    for collection in collections:
+        first = merged.setdefault(collection.name, collection)
+        if first is collection:
+            continue
+        if (first.kind, first.split) != (collection.kind, collection.split):
+            raise DataError(
+                f"two inputs are called {collection.name!r}, but one holds {first.kind}s of split"
+                f" {first.split!r} and the other {collection.kind}s of split {collection.split!r}:"
+                " give them different names"
+            )
+        classes = _union(first, collection)
+        merged[collection.name] = Collection(
+            first.name, first.split, first.kind, classes, fixed_classes=first.fixed_classes
+        )
+    return tuple(DatasetPlan(c.name, c.split, c.kind, c.classes) for c in merged.values())
+
+
+def _union(first: Collection, second: Collection) -> tuple[str, ...]:
+    if not first.fixed_classes and not second.fixed_classes:
+        return tuple(sorted({*first.classes, *second.classes}))
+    if first.classes != second.classes:
+        raise DataError(f"two inputs are called {first.name!r}, but their lists of classes differ")
+    return first.classes
+
+
+def _stems(collections: Sequence[Collection]) -> list[list[str]]:
+    """A unique stem of safe characters for every entry.
+
+    A name that had to be changed, or that two entries share, gets a hash of its full place; so a key depends
+    on nothing but names, and is the same in every run.
+    """
+    cleaned = [[_clean(entry.stem) for entry in collection.entries] for collection in collections]
+    uses = Counter(
+        (collection.name, stem.lower())
+        for collection, stems in zip(collections, cleaned, strict=True)
+        for stem, _ in stems
+    )
+    result: list[list[str]] = []
+    for position, collection in enumerate(collections):
+        # Inputs that form one data set together may hold the same relative names.
+        origin = sum(other.name == collection.name for other in collections[:position])
+        result.append(
+            [
+                f"{stem}-{_short_hash(f'{origin}:{display(entry.source)}')}"
+                if changed or uses[collection.name, stem.lower()] > 1
+                else stem
+                for entry, (stem, changed) in zip(collection.entries, cleaned[position], strict=True)
+            ]
+        )
+    _check_unique(collections, result)
+    return result
+
+
+def _clean(stem: str) -> tuple[str, bool]:
+    """Safe characters only, and whether that lost anything; folders are joined by a hyphen."""
+    joined = stem.replace("/", "-")
+    clean = re.sub(r"[^A-Za-z0-9_-]", "_", joined)[:_STEM_LENGTH]
+    return (clean or "_"), clean != joined
+
+
+def _short_hash(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=5).hexdigest()
+
+
+def _check_unique(collections: Sequence[Collection], stems: Iterable[list[str]]) -> None:
+    keys = Counter(
+        (collection.name, stem)
+        for collection, names in zip(collections, stems, strict=True)
+        for stem in names
+    )
+    twice = [f"{name}/{stem}" for (name, stem), count in keys.items() if count > 1]
+    if twice:
+        raise DataError(f"two files would get the same key {twice[0]!r}; rename one of them")

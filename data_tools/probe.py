@@ -1,0 +1,217 @@
+"""Looking at a media file by decoding all of it: what a manifest says of a sample must be true.
+
+Containers lie: a file may claim frames that are not there, and decoders pass over that in silence. So every
+frame is decoded once, here, and what cannot be used is refused with a reason for a person.
+
+Tolerance. Real clips often claim a frame or two more than they hold (rounded durations, edit lists). A video
+is truncated if more than 2 % of the claimed frames (and more than one) are lacking or decode with errors. The
+claim is the container's frame count less packets marked as discarded; for containers without one (Matroska,
+WebM) it is the duration, compared with the end of the last packet of any video or audio stream.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import warnings
+from dataclasses import dataclass, field
+from typing import cast
+
+import av
+import av.error
+from av.container import InputContainer
+from av.stream import Disposition
+from av.video.stream import VideoStream
+from PIL import Image
+
+from data_tools.items import Unusable
+from framework.data.manifest import Kind
+
+__all__ = ["MAX_FRAME_SIDE", "MAX_IMAGE_PIXELS", "Media", "probe"]
+
+MAX_IMAGE_PIXELS = 2**26
+MAX_FRAME_SIDE = 8192
+_TOLERANCE = 0.02
+_CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,mpegvideo,flv,asf,ogg"
+# Playlists and the like would make the demuxer open other files or addresses.
+_OPTIONS = {"format_whitelist": _CONTAINERS, "protocol_whitelist": "pipe"}
+_IMAGE_SUFFIXES = {
+    "JPEG": "jpg",
+    "MPO": "jpg",
+    "PNG": "png",
+    "WEBP": "webp",
+    "BMP": "bmp",
+    "GIF": "gif",
+    "TIFF": "tif",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Media:
+    """What decoding showed; sizes in pixels, `fps` 0 for images, `extension` fit for a member of a shard."""
+
+    width: int
+    height: int
+    frames: int
+    fps: float
+    keyframes: tuple[int, ...]
+    extension: str
+
+
+@dataclass(slots=True)
+class _Seen:
+    """What came out of a video so far; times in seconds."""
+
+    frames: int = 0
+    corrupt: int = 0
+    discarded: int = 0
+    keyframes: list[int] = field(default_factory=list)
+    size: tuple[int, int] = (0, 0)
+    first: float | None = None
+    last: float | None = None
+    end: float = 0.0
+
+
+def probe(data: bytes, kind: Kind, suffix: str) -> Media:
+    """Decode all of `data`; raises Unusable with the reason if it is not a whole medium of that kind."""
+    if not data:
+        raise Unusable("empty file (0 bytes)")
+    return _probe_video(data, suffix) if kind == "video" else _probe_image(data)
+
+
+def _probe_image(data: bytes) -> Media:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow warns of sizes that we refuse anyway
+            with Image.open(io.BytesIO(data), formats=tuple(_IMAGE_SUFFIXES)) as image:
+                width, height = image.size
+                if width * height > MAX_IMAGE_PIXELS:
+                    raise Unusable(
+                        f"too large: {width}x{height} pixels, at most {MAX_IMAGE_PIXELS} are allowed"
+                    )
+                image.convert("RGB")
+                suffix = _IMAGE_SUFFIXES[image.format or ""]
+    except Image.DecompressionBombError as error:
+        raise Unusable(f"too large: {error}") from error
+    except Image.UnidentifiedImageError as error:
+        raise Unusable(_describe_unknown(data, "image")) from error
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
+        what = "truncated" if "truncated" in str(error) else "damaged"
+        raise Unusable(f"{what}: {error}") from error
+    return Media(width, height, 1, 0.0, (), suffix)
+
+
+def _probe_video(data: bytes, suffix: str) -> Media:
+    try:
+        container = av.open(io.BytesIO(data), "r", metadata_errors="ignore", options=dict(_OPTIONS))
+    except (av.error.FFmpegError, ValueError) as error:
+        raise Unusable(_describe_unknown(data, "video")) from error
+    with container:
+        stream = _video_stream(container)
+        seen = _Seen()
+        try:
+            _decode_all(container, stream, seen)
+        except (av.error.FFmpegError, ValueError) as error:
+            claimed = _claimed_frames(container, stream, seen)
+            detail = error.strerror if isinstance(error, av.error.FFmpegError) else str(error)
+            raise Unusable(
+                f"truncated or damaged: {seen.frames}{claimed} frames decode ({detail})"
+            ) from error
+        _check_complete(container, stream, seen)
+        width, height = seen.size
+        return Media(width, height, seen.frames, _fps(stream, seen), tuple(seen.keyframes), suffix)
+
+
+def _video_stream(container: InputContainer) -> VideoStream:
+    streams = container.streams.video
+    if not streams or streams[0].disposition & Disposition.attached_pic:
+        other = "audio only" if container.streams.audio else "no video stream"
+        raise Unusable(f"no video in it ({other})")
+    stream = streams[0]
+    context = stream.codec_context
+    if context is None:
+        raise Unusable("its codec is not known to this FFmpeg")
+    _check_side(context.width, context.height)
+    context.thread_count = 1  # many workers, one thread each; and frame threads dead-lock
+    return stream
+
+
+def _check_side(width: int, height: int) -> None:
+    if max(width, height) > MAX_FRAME_SIDE:
+        raise Unusable(f"frames too large: {width}x{height}, at most {MAX_FRAME_SIDE} a side are allowed")
+
+
+def _decode_all(container: InputContainer, stream: VideoStream, seen: _Seen) -> None:
+    wanted = [stream, *container.streams.audio]
+    for packet in container.demux(wanted):
+        if packet.pts is not None and packet.time_base is not None:
+            seen.end = max(seen.end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
+        if packet.stream is not stream:
+            continue
+        seen.discarded += packet.is_discard
+        for frame in cast("list[av.VideoFrame]", packet.decode()):
+            size = (frame.width, frame.height)
+            if seen.frames == 0:
+                _check_side(*size)
+                seen.size, seen.first = size, frame.time
+            elif size != seen.size:
+                raise Unusable(
+                    f"the frame size changes from {seen.size[0]}x{seen.size[1]} to {size[0]}x{size[1]}"
+                    f" at frame {seen.frames}"
+                )
+            if frame.key_frame:
+                seen.keyframes.append(seen.frames)
+            seen.corrupt += frame.is_corrupt
+            seen.last = frame.time
+            seen.frames += 1
+
+
+def _check_complete(container: InputContainer, stream: VideoStream, seen: _Seen) -> None:
+    """Compare what decoded with what the container claims; the tolerance is explained at the top."""
+    if seen.frames == 0:
+        raise Unusable(f"truncated or damaged: 0{_claimed_frames(container, stream, seen)} frames decode")
+    good = seen.frames - seen.corrupt
+    claim = max(stream.frames - seen.discarded, seen.frames) if stream.frames else seen.frames
+    if claim - good > max(1, math.ceil(_TOLERANCE * claim)):
+        what = "truncated" if claim > seen.frames else "damaged"
+        raise Unusable(f"{what}: {good} of {claim} frames decode")
+    if not stream.frames and container.duration:
+        duration = container.duration / av.time_base
+        start = (container.start_time or 0) / av.time_base
+        lacking = duration - (seen.end - start)
+        fps = _fps(stream, seen)
+        if lacking > max(2 / fps if fps else 0.1, _TOLERANCE * duration):
+            raise Unusable(f"truncated: {good} of about {round(duration * fps)} frames decode")
+
+
+def _claimed_frames(container: InputContainer, stream: VideoStream, seen: _Seen) -> str:
+    if stream.frames:
+        return f" of {stream.frames - seen.discarded}"
+    if container.duration and stream.average_rate:
+        return f" of about {round(container.duration / av.time_base * float(stream.average_rate))}"
+    return ""
+
+
+def _fps(stream: VideoStream, seen: _Seen) -> float:
+    """Mean rate between the first and the last frame; the container's word only where there are no times."""
+    if seen.frames > 1 and seen.first is not None and seen.last is not None and seen.last > seen.first:
+        return (seen.frames - 1) / (seen.last - seen.first)
+    return float(stream.average_rate or 0)
+
+
+def _describe_unknown(data: bytes, kind: Kind) -> str:
+    """Why a file did not even open, guessed from its first bytes."""
+    head = data[:512].lstrip().lower()
+    if head.startswith((b"<!doctype html", b"<html")):
+        return f"not media: a web page instead of {'a video' if kind == 'video' else 'an image'}"
+    if data[4:8] == b"ftyp":
+        return "truncated or damaged: an mp4 file whose index cannot be read"
+    if data[:4] in (b"\x1a\x45\xdf\xa3", b"RIFF", b"OggS", b"FLV\x01"):
+        return "truncated or damaged: a video container that cannot be opened"
+    if data[:2] == b"\xff\xd8" or data[:4] == b"\x89PNG":
+        return (
+            "an image instead of a video"
+            if kind == "video"
+            else "truncated or damaged: not even its head can be read"
+        )
+    return f"not media: no {kind} format that can be read begins like this ({data[:12]!r})"

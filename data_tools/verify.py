@@ -1,0 +1,170 @@
+"""Verifying shards: every byte against the checksums of the manifest, and on request every frame."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import mmap
+import tarfile
+import zlib
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy
+
+from data_tools.items import Unusable
+from data_tools.pool import Advance, progress_bar, run_tasks
+from data_tools.probe import probe
+from data_tools.report import human_bytes
+from framework.data.manifest import MANIFEST_NAME, SAMPLES_NAME, Manifest, SampleInfo, checksum
+from framework.errors import DataError
+
+__all__ = ["Problem", "VerifyReport", "verify"]
+
+_BLOCK = 1 << 22
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Something that is not as the manifest says; `key` and `offset` (bytes) where it is one sample."""
+
+    file: str
+    problem: str
+    key: str | None = None
+    offset: int | None = None
+
+    def __str__(self) -> str:
+        place = f", {self.key} at offset {self.offset}" if self.key is not None else ""
+        return f"{self.file}{place}: {self.problem}"
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What was looked at and what is wrong with it."""
+
+    folder: str
+    shards: int
+    samples: int
+    bytes: int
+    decoded: bool
+    problems: tuple[Problem, ...]
+
+    def content(self) -> dict[str, Any]:
+        """The report for programs."""
+        return {"ok": not self.problems, **asdict(self)}
+
+    def to_text(self) -> str:
+        """The report for people."""
+        how = "checksums and all frames" if self.decoded else "checksums"
+        size = f"{self.samples} samples in {self.shards} shards, {human_bytes(self.bytes)}"
+        head = f"{self.folder}: {size}: {how} verified, {len(self.problems) or 'no'} problems"
+        return "\n".join([head, *(f"  {problem}" for problem in self.problems)])
+
+
+@dataclass(frozen=True, slots=True)
+class _Task:
+    folder: Path
+    shard: int
+    decode: bool
+
+
+def verify(folder: Path, *, decode: bool = False, workers: int = 1) -> VerifyReport:
+    """Compare all files of a folder of shards with its manifest.
+
+    A manifest that cannot be opened (later version, missing shard) is a problem like any other, and the only
+    one then reported. Raises nothing for what is wrong with the data.
+    """
+    try:
+        manifest = Manifest.open(folder)
+    except DataError as error:
+        return VerifyReport(str(folder), 0, 0, 0, decode, (Problem(MANIFEST_NAME, str(error)),))
+    problems = list(_table_problems(manifest))
+    tasks = [_Task(folder, shard, decode) for shard in range(len(manifest.shards))]
+    with progress_bar("verifying", len(manifest)) as progress:
+        for found in run_tasks(_verify_shard, tasks, workers, progress):
+            problems.extend(found)
+    problems.sort(key=lambda problem: (problem.file, problem.offset or 0))
+    size = sum(shard.bytes for shard in manifest.shards)
+    return VerifyReport(str(folder), len(manifest.shards), len(manifest), size, decode, tuple(problems))
+
+
+def _table_problems(manifest: Manifest) -> Iterator[Problem]:
+    expected = manifest.samples_checksum
+    if checksum(manifest.folder / SAMPLES_NAME) != expected:
+        yield Problem(SAMPLES_NAME, "its checksum is not that of the manifest: the table was changed")
+    shard = manifest.column("shard").astype(numpy.int64)
+    counts = numpy.bincount(shard, minlength=len(manifest.shards)).tolist()
+    if counts != [entry.samples for entry in manifest.shards] or (numpy.diff(shard) < 0).any():
+        yield Problem(SAMPLES_NAME, "its rows do not match the shards of the manifest")
+
+
+@functools.lru_cache(maxsize=1)
+def _open(folder: Path) -> Manifest:
+    """One manifest per worker process."""
+    return Manifest.open(folder)
+
+
+def _verify_shard(task: _Task, advance: Advance) -> list[Problem]:
+    manifest = _open(task.folder)
+    shard = manifest.shards[task.shard]
+    column = manifest.column("shard")
+    first, last = numpy.searchsorted(column, [task.shard, task.shard + 1])
+    problems: list[Problem] = []
+    if shard.bytes == 0:
+        return problems
+    try:
+        with (
+            (task.folder / shard.name).open("rb") as file,
+            mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as data,
+        ):
+            for index in range(int(first), int(last)):
+                sample = manifest.sample(index)
+                if problem := _sample_problem(data, sample, task.decode):
+                    problems.append(Problem(shard.name, problem, sample.key, sample.offset))
+                advance()
+            if _digest(data) != shard.blake2b:
+                where = "" if problems else ", but all media are whole: labels or tar headers were changed"
+                problems.append(Problem(shard.name, f"its checksum is not that of the manifest{where}"))
+    except (OSError, DataError) as error:
+        problems.append(Problem(shard.name, f"cannot be read: {error}"))
+    return problems
+
+
+def _digest(data: mmap.mmap) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for start in range(0, len(data), _BLOCK):
+        digest.update(data[start : start + _BLOCK])
+    return digest.hexdigest()
+
+
+def _sample_problem(data: mmap.mmap, sample: SampleInfo, decode: bool) -> str:
+    """What is wrong with one sample; empty if nothing is."""
+    end = sample.offset + sample.length
+    if sample.offset < tarfile.BLOCKSIZE or end > len(data):
+        return "lies outside the shard"
+    payload = data[sample.offset : end]
+    if zlib.crc32(payload) != sample.crc32:
+        return "its bytes changed since it was written (crc32 differs)"
+    try:
+        header = tarfile.TarInfo.frombuf(
+            data[sample.offset - tarfile.BLOCKSIZE : sample.offset], "utf-8", "surrogateescape"
+        )
+    except tarfile.HeaderError as error:
+        return f"no tar header before it ({error})"
+    if (header.name, header.size) != (f"{sample.key}.{sample.extension}", sample.length):
+        return f"the archive has {header.name!r} with {header.size} bytes at this place"
+    return _decode_problem(payload, sample) if decode else ""
+
+
+def _decode_problem(payload: bytes, sample: SampleInfo) -> str:
+    try:
+        media = probe(payload, sample.kind, sample.extension)
+    except Unusable as error:
+        return f"does not decode: {error}"
+    seen = (media.width, media.height, media.frames, media.keyframes)
+    told = (sample.width, sample.height, sample.frames, tuple(sample.keyframes.tolist()))
+    names = ("width", "height", "frames", "keyframes")
+    wrong = [f"{name} {a} instead of {b}" for name, a, b in zip(names, seen, told, strict=True) if a != b]
+    return f"decodes to other than the manifest says: {', '.join(wrong)}" if wrong else ""
