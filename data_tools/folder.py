@@ -93,7 +93,7 @@ def _empty_classes(path: Path) -> set[str]:
 
 def _single_kind(path: Path, found: Sequence[_Found]) -> Kind:
     promised = [kind_of_suffix(file.name) for file in found if "/" in file.name]
-    counts = {kind: promised.count(kind) for kind in KINDS if kind in promised}
+    counts: dict[Kind, int] = {kind: promised.count(kind) for kind in KINDS if kind in promised}
     if not counts:
         raise DataError(
             f"{path}: no images or videos in class folders here; expected {path}/CLASS/FILE.jpg (or .mp4 …)"

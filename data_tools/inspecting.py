@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -63,31 +64,33 @@ def inspection_text(summary: dict[str, Any]) -> str:
         f" {human_bytes(summary['bytes'])}, manifest {summary['hash']}"
     ]
     for dataset in summary["datasets"]:
-        classes = dataset["classes"]
-        rows = [("samples", f"{dataset['samples']} {dataset['kind']}s, split {dataset['split']}")]
-        if classes:
-            spread = f"{min(classes.values())} to {max(classes.values())} samples each"
-            empty = [name for name, count in classes.items() if not count]
-            without = f"; none of {', '.join(empty[:5])}{' …' if len(empty) > 5 else ''}" if empty else ""
-            rows.append(("classes", f"{len(classes)}, {spread}{without}"))
-        if dataset["unlabelled"]:
-            rows.append(("unlabelled", str(dataset["unlabelled"])))
-        size = {name: human_bytes(value) for name, value in dataset["sample_bytes"].items()}
-        rows.append(("file size", f"{size['min']} to {size['max']}, median {size['median']}"))
-        units = {"width": "px", "height": "px", "frames": "", "fps": "frames a second", "seconds": "s"}
-        for name, unit in units.items():
-            if name in dataset:
-                values = dataset[name]
-                rows.append(
-                    (
-                        name,
-                        f"{values['min']:g} to {values['max']:g} {unit}, median {values['median']:g}".replace(
-                            " ,", ","
-                        ),
-                    )
-                )
-        if "seconds" in dataset:
-            rows.append(("duration", f"{dataset['seconds']['total'] / 3600:.2f} hours in all"))
         lines.append(f"\n{dataset['name']}")
-        lines.extend(f"  {name:<11}{text}" for name, text in rows)
+        lines.extend(f"  {name:<11}{text}" for name, text in _rows(dataset))
     return "\n".join(lines)
+
+
+def _rows(dataset: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    yield "samples", f"{dataset['samples']} {dataset['kind']}s, split {dataset['split']}"
+    classes: dict[str, int] = dataset["classes"]
+    if classes:
+        empty = [name for name, count in classes.items() if not count]
+        without = f"; none of {', '.join(empty[:5])}{' …' if len(empty) > 5 else ''}" if empty else ""
+        counts = [float(count) for count in classes.values()]
+        each = _spread(_range(numpy.array(counts)), "{:g}".format)
+        yield "classes", f"{len(classes)} with {each} samples{without}"
+    if dataset["unlabelled"]:
+        yield "unlabelled", str(dataset["unlabelled"])
+    yield "file size", _spread(dataset["sample_bytes"], human_bytes)
+    yield "width", _spread(dataset["width"], "{:g} px".format)
+    yield "height", _spread(dataset["height"], "{:g} px".format)
+    if "frames" in dataset:
+        yield "frames", _spread(dataset["frames"], "{:g}".format)
+        yield "rate", _spread(dataset["fps"], "{:g} frames/s".format)
+        yield "seconds", _spread(dataset["seconds"], "{:g}".format)
+        yield "in all", f"{dataset['seconds']['total'] / 3600:.2f} hours"
+
+
+def _spread(values: Mapping[str, float], form: Callable[[float], str]) -> str:
+    if values["min"] == values["max"]:
+        return form(values["min"])
+    return f"{form(values['min'])} to {form(values['max'])} (median {form(values['median'])})"

@@ -1,7 +1,7 @@
 """What is to be sharded: collections of files as they were found, and items with keys, labels and readers.
 
-A collection is one input (a Kinetics list, a tree of class folders, an archive). `inventory` joins them to the
-data sets and items of one set of shards; from there on nothing depends on where an item came from.
+A collection is one input (a Kinetics list, a tree of class folders, an archive). `inventory` joins them to
+the data sets and items of one set of shards; from there on nothing depends on where an item came from.
 """
 
 from __future__ import annotations

@@ -57,6 +57,8 @@ class VerifyReport:
 
     def to_text(self) -> str:
         """The report for people."""
+        if not self.shards:
+            return "\n".join(str(problem) for problem in self.problems)
         how = "checksums and all frames" if self.decoded else "checksums"
         size = f"{self.samples} samples in {self.shards} shards, {human_bytes(self.bytes)}"
         head = f"{self.folder}: {size}: {how} verified, {len(self.problems) or 'no'} problems"
