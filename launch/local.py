@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from framework.errors import TubeworksError
 from framework.world import World
@@ -137,15 +138,15 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> int | None:
     return next((rank for rank, code in enumerate(codes) if code), None)
 
 
-def _forward_signals(processes: Sequence[subprocess.Popen[bytes]]) -> dict[int, object]:
-    """Pass on what ends a job; Ctrl-C of a terminal reaches the ranks by itself, so it is only survived here."""
+def _forward_signals(processes: Sequence[subprocess.Popen[bytes]]) -> dict[int, Any]:
+    """Pass on what ends a job; a terminal's Ctrl-C reaches the ranks by itself and is only survived here."""
 
     def forward(number: int, _frame: object) -> None:
         for process in processes:
             if process.poll() is None:
                 process.send_signal(number)
 
-    handlers: dict[int, object] = {}
+    handlers: dict[int, Any] = {}
     for number in (signal.SIGTERM, signal.SIGUSR2):
         handlers[number] = signal.signal(number, forward)
     from_terminal = sys.stdin is not None and sys.stdin.isatty()

@@ -123,7 +123,7 @@ def save_checkpoint(
 
 
 def prune(run: Path, keep: int, keep_every: int) -> list[Path]:
-    """Remove all but the newest `keep` checkpoints and those at multiples of `keep_every`; returns the removed."""
+    """Remove all but the newest `keep` and those at multiples of `keep_every`; returns what was removed."""
     removed = []
     for folder in checkpoint_folders(run)[:-keep]:
         step = int(folder.name.removeprefix("step-"))
@@ -144,7 +144,7 @@ def _write_share(
     files: list[FileEntry],
     fragments: list[dict[str, Any]],
 ) -> None:
-    """Write what this rank owns, one file a kind; without ZeRO every rank owns all, and they share the work."""
+    """Write what this rank owns, one file a kind; without ZeRO all own all and share the work."""
     rank, size = peers.world.rank, peers.world.size
     order = {name: index for index, (name, _) in enumerate(model.named_parameters())}
     for kind in state.kinds:
@@ -294,7 +294,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder} is not a checkpoint: {MANIFEST} is of another kind")
     if manifest["version"] > VERSION:
         raise CheckpointError(
-            f"{folder} was written in format version {manifest['version']}, this tubeworks reads up to {VERSION}: upgrade it"
+            f"{folder} was written in format version {manifest['version']}, this tubeworks reads up to "
+            f"{VERSION}: upgrade it"
         )
     return manifest
 
@@ -336,7 +337,7 @@ def newest_valid(run: Path) -> Path:
 
 
 def choose_checkpoint(run: Path, peers: Peers) -> Path | None:
-    """The checkpoint to go on from: rank 0 verifies and decides, all ranks get its answer; None if there is none.
+    """The checkpoint to go on from, or None: rank 0 verifies and decides, all ranks get its answer.
 
     Damaged checkpoints are set aside as `damaged-step-…` with the reason inside, never deleted.
 
@@ -355,8 +356,8 @@ def choose_checkpoint(run: Path, peers: Peers) -> Path | None:
             damaged.append(_set_aside(folder, problems))
         if damaged and chosen is None:
             failure = (
-                f"every checkpoint of {run} is damaged; they were set aside as {', '.join(damaged)} with the reasons "
-                "in REASON.txt. Restore one, or start again in a new --run folder"
+                f"every checkpoint of {run} is damaged; they were set aside as {', '.join(damaged)} with the "
+                "reasons in REASON.txt. Restore one, or start again in a new --run folder"
             )
     chosen, failure = peers.from_main((chosen, failure))
     if failure:

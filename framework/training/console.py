@@ -1,4 +1,4 @@
-"""What a person sees of a running training: one live line on a terminal, a line per logging point elsewhere."""
+"""What a person sees of a running training: a live line on a terminal, a line per logging point elsewhere."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def format_seconds(seconds: float) -> str:
 
 
 class LiveLine:
-    """Shows the step, losses, samples a second of each source, the share of time spent waiting, and what is left."""
+    """Step, losses, samples a second of each source, share of time waiting for data, time left."""
 
     def __init__(self, steps: int, *, shown: bool) -> None:
         self._steps = steps

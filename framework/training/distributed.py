@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar, cast
@@ -39,6 +40,8 @@ def start_process_group(world: World, device: torch.device) -> Peers:
     os.environ.update(RANK=str(world.rank), WORLD_SIZE=str(world.size), LOCAL_RANK=str(world.local_rank))
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "0" if world.size == 1 else "29500")
+    # DeepSpeed calls what torch has renamed; its users cannot do anything about it, step after step.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)

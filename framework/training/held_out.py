@@ -1,4 +1,4 @@
-"""Evaluation on the held-out shards in the middle and at the end of training, with the weights as they are."""
+"""Evaluation on the held-out shards during and after training, with the weights as they are."""
 
 from __future__ import annotations
 

@@ -15,18 +15,19 @@ from framework.errors import TrainingStopped, TubeworksError
 from framework.models.registry import build_model, inputs_of
 from framework.recipe import recipe_hash
 from framework.recipe.schema import Recipe
+from framework.tracking.mirror import Status
 from framework.training.checkpoint import CheckpointReader, choose_checkpoint, prune, save_checkpoint
 from framework.training.distributed import Peers, choose_device, start_process_group
 from framework.training.engine import start_engine
 from framework.training.held_out import evaluate_held_out
 from framework.training.meters import Meters
 from framework.training.optim import learning_rate
+from framework.training.recorder import Recorder
 from framework.training.run_folder import append_event, check_continuation, open_run
 from framework.training.session import Session
 from framework.training.signals import SignalFlag
 from framework.training.state import TrainState
 from framework.training.step import micro_step, seed_step
-from framework.training.recorder import Recorder
 from framework.world import World
 
 __all__ = ["train"]
@@ -46,7 +47,7 @@ def train(recipe: Recipe, run: Path, world: World, signals: SignalFlag) -> int:
     peers = start_process_group(world, device)
     session = prepare(recipe, run, device, peers, signals)
     recorder = Recorder(session, peers.on_main(lambda: record_attempt(session)))
-    status = "FAILED"
+    status: Status = "FAILED"
     try:
         stopped_by = run_steps(session, recorder)
         if not stopped_by:

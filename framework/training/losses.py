@@ -39,8 +39,8 @@ def draw_mixing(alpha: float, seeds: Tensor, source: str) -> Mixing | None:
     batch = seeds.shape[0]
     if batch % 2:
         raise RecipeError(
-            f"source {source}: mixup needs an even number of samples in each micro-batch, here there are {batch}. "
-            f"Change data.mixture.{source}, train.accumulation or the number of ranks"
+            f"source {source}: mixup needs an even number of samples in each micro-batch, here there are "
+            f"{batch}. Change data.mixture.{source}, train.accumulation or the number of ranks"
         )
     keys = seeds.cpu().numpy().view(np.uint64)[::2]
     shares = [

@@ -48,7 +48,7 @@ class Meters:
                 self._stages[stage] = self._stages.get(stage, 0.0) + value
 
     def collect(self, peers: Peers, weights: Mapping[str, float]) -> dict[str, float]:
-        """The metrics of the interval over all ranks; the same on every rank but for the times, which are rank 0's."""
+        """The metrics of the interval over all ranks; times are this rank's own."""
         totals = peers.sum(torch.stack([self._sums[name].cpu() for name in self._sources]))  # (sources, 3)
         seconds = max(time.perf_counter() - self._begin, 1e-9)
         metrics: dict[str, float] = {"train/loss": 0.0}

@@ -8,7 +8,9 @@ from pathlib import Path
 
 from framework.data.loader import Batch
 from framework.evaluation.run import SourceResult
+from framework.recipe import recipe_hash
 from framework.tracking import Journal, MlflowMirror, RunInfo
+from framework.tracking.mirror import Status
 from framework.tracking.pictures import batch_sheet
 from framework.training.console import LiveLine, format_seconds
 from framework.training.run_folder import append_event
@@ -31,7 +33,13 @@ class Recorder:
             return
         self._journal = Journal(session.run, attempt, session.start)
         hashes = {name: opened.manifest.hash for name, opened in session.sources.items()}
-        info = RunInfo(attempt=attempt, world_size=world.size, plan_hash=session.plan.hash, manifests=hashes)
+        info = RunInfo(
+            attempt=attempt,
+            world_size=world.size,
+            plan_hash=session.plan.hash,
+            recipe_hash=recipe_hash(recipe),
+            manifests=hashes,
+        )
         self._mirror = MlflowMirror(session.run, recipe, info)
         self._mirror.start()
         going_on = f", going on from step {session.start}" if session.start else ""
@@ -40,7 +48,7 @@ class Recorder:
         )
 
     def fed(self, step: int, micro_batches: Sequence[Batch]) -> None:
-        """A step has its data: keep a picture of the first batch, and write down replaced samples of every rank."""
+        """A step has its data: picture the first batch, write down the replaced samples of every rank."""
         events = [event for batch in micro_batches for event in batch.events]
         if self._main and step == self._session.start and micro_batches:
             batch_sheet(self._session.run, step, micro_batches[0], self._session.sources)
@@ -78,7 +86,7 @@ class Recorder:
                 f"of {result.samples} samples"
             )
 
-    def close(self, status: str) -> None:
+    def close(self, status: Status) -> None:
         """The attempt is over: FINISHED, KILLED (stopped by a signal) or FAILED."""
         self._line.close()
         if not self._main:

@@ -47,7 +47,7 @@ MAY_CHANGE = (
     "evaluation",
     "tracking",
 )
-"""What may differ when a run goes on: none of it changes a batch or a loss (paths are held by the plan's hash)."""
+"""What may differ when a run goes on: it changes no batch and no loss (the plan's hash holds the shards)."""
 
 
 def open_run(run: Path, recipe: Recipe, world: World, plan_hash: str, start_step: int) -> int:
@@ -60,8 +60,8 @@ def open_run(run: Path, recipe: Recipe, world: World, plan_hash: str, start_step
     state = read_run(run) or {"version": VERSION, "name": recipe.name, "plan": plan_hash, "attempts": []}
     if state["plan"] != plan_hash:
         raise RecipeError(
-            f"{run} was trained with plan {state['plan']}, this recipe and these shards make plan {plan_hash}: the "
-            "order of the samples would change. Use the shards that it started with, or a new --run folder"
+            f"{run} was trained with plan {state['plan']}, this recipe and these shards make {plan_hash}: "
+            "the order of the samples would change. Use the shards that it started with, or a new --run folder"
         )
     attempt = len(state["attempts"])
     state["recipe"] = recipe_hash(recipe)

@@ -18,7 +18,7 @@ __all__ = ["micro_step", "seed_step"]
 
 
 def seed_step(seed: int, step: int, micro: int, rank: int) -> None:
-    """Seed dropout for one micro-batch, so that a resumed run draws the same; nothing else uses this generator."""
+    """Seed dropout for one micro-batch, so that a resumed run draws the same; nothing else draws here."""
     torch.manual_seed(int(sample_seed(seed, "dropout", step, micro, rank)) & (2**63 - 1))
 
 

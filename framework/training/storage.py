@@ -97,7 +97,10 @@ def _advice(path: Path, number: int | None, text: str) -> str:
             "same command again: it goes on from the last committed checkpoint"
         )
     if number in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return f"cannot write {path}: {text}. Give the user of this job write permission there, or choose another --run folder"
+        return (
+            f"cannot write {path}: {text}. Give the user of this job write permission there, or choose "
+            "another --run folder"
+        )
     return f"cannot write {path}: {text}"
 
 
