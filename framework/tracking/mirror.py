@@ -24,7 +24,7 @@ from framework.tracking.git import git_diff, git_state, masked
 from framework.tracking.journal import journal_path, read_journal
 from framework.tracking.lock import RunLock
 from framework.tracking.naming import flatten
-from framework.tracking.sender import Sender, Settings, bound_outages, load_state, save_state
+from framework.tracking.sender import Sender, Settings, bound_outages, load_state, reason, save_state
 
 if TYPE_CHECKING:
     from framework.recipe.schema import Recipe
@@ -176,7 +176,7 @@ def sync_run(run: Path, settle: bool = True) -> SyncReport:
             sender.finish("KILLED" if status == "RUNNING" else status, end)
     except Exception as error:
         raise TubeworksError(
-            f"MLflow at {masked(settings.uri)} did not take the run {run}: {_one_line(error)}. "
+            f"MLflow at {masked(settings.uri)} did not take the run {run}: {reason(error)}. "
             "Nothing is lost: repeat `tubeworks sync` when it answers."
         ) from error
     finally:
@@ -283,7 +283,3 @@ def _relay(messages: IO[str] | None) -> None:
 def _journal_bytes(run: Path) -> int:
     path = journal_path(run)
     return path.stat().st_size if path.is_file() else 0
-
-
-def _one_line(error: BaseException) -> str:
-    return masked(" ".join(str(error).split()))[:300] or type(error).__name__

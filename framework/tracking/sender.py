@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from framework.errors import TubeworksError
+from framework.tracking.git import masked
 from framework.tracking.journal import Entry, complete_lines, journal_path, parse_line
 from framework.tracking.naming import safe_name
 
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
 
-__all__ = ["Batch", "Sender", "Settings", "batches", "bound_outages", "load_state", "save_state"]
+__all__ = ["Batch", "Sender", "Settings", "batches", "bound_outages", "load_state", "reason", "save_state"]
 
 logger = logging.getLogger(__name__)
 
@@ -141,6 +142,18 @@ def points_of(entry: Entry) -> list[tuple[str, float, int, int]]:
         metrics["train/attempt"] = float(entry.attempt)
     milliseconds = int(entry.time * 1000)
     return [(safe_name(name), value, milliseconds, entry.step) for name, value in metrics.items()]
+
+
+def reason(error: BaseException) -> str:
+    """Why a server did not do what it was asked, in one line without passwords.
+
+    MLflow and its HTTP library wrap what the operating system said several times; that alone is told.
+    """
+    innermost = error
+    while (cause := innermost.__cause__ or innermost.__context__) is not None:
+        innermost = cause
+    told = innermost if isinstance(innermost, OSError) else error
+    return masked(" ".join(str(told).split()))[:300] or type(told).__name__
 
 
 class Sender:

@@ -21,7 +21,7 @@ from typing import Any
 
 from framework.tracking.git import masked
 from framework.tracking.lock import RunLock
-from framework.tracking.sender import Sender, Settings
+from framework.tracking.sender import Sender, Settings, reason
 
 __all__ = ["main"]
 
@@ -130,12 +130,6 @@ class Follower:
             seconds = time.monotonic() - self.outage_since
             self.outage_since = None
             logger.warning("MLflow answers again after %.0f s; what had piled up has been sent", seconds)
-
-
-def reason(error: BaseException) -> str:
-    """The innermost cause, in one line, without passwords."""
-    text = str(error).strip() or type(error).__name__
-    return masked(" ".join(text.split()))[:300]
 
 
 def main() -> int:
