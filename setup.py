@@ -67,7 +67,15 @@ setup(
         "ffcv": ["ffcv>=1.0.2,<2", "pillow"],
         "simplejpeg": ["simplejpeg>=1.8,<2"],
         "hf": ["transformers>=4.56"],
-        "dev": ["hypothesis>=6.130", "pyright[nodejs]>=1.1.400", "pytest>=8.3", "pytest-xdist>=3.6", "ruff>=0.12"],
+        "dev": [
+            "hypothesis>=6.130",
+            "pyright[nodejs]>=1.1.400",
+            "pytest>=8.3",
+            "pytest-xdist>=3.6",
+            "ruff>=0.12",
+            "setuptools>=68",
+            "wheel",
+        ],
     },
     entry_points={"console_scripts": ["tubeworks = launch.cli:main"]},
     classifiers=[
