@@ -61,7 +61,7 @@ def open_run(run: Path, recipe: Recipe, world: World, plan_hash: str, start_step
     if state["plan"] != plan_hash:
         raise RecipeError(
             f"{run} was trained with plan {state['plan']}, this recipe and these shards make {plan_hash}: "
-            "the order of the samples would change. Use the shards that it started with, or a new --run folder"
+            "the order of the samples would change. Take the shards that it started with, or a new --run"
         )
     attempt = len(state["attempts"])
     state["recipe"] = recipe_hash(recipe)
