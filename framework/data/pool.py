@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
@@ -86,15 +87,18 @@ def _start(
 ) -> tuple[Iterator[Any], list[BaseProcess]]:
     """A running DataLoader and its processes."""
     parent = os.getpid()
-    loader: DataLoader[Any] = DataLoader(
-        _Made(make, count),
-        batch_size=None,
-        num_workers=workers,
-        prefetch_factor=prefetch,
-        collate_fn=_as_it_is,
-        worker_init_fn=lambda _: _begin_worker(parent),
-        multiprocessing_context="fork",
-    )
+    with warnings.catch_warnings():
+        # How many workers a machine bears is the recipe's affair, and how loaded it is the journal's.
+        warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)
+        loader: DataLoader[Any] = DataLoader(
+            _Made(make, count),
+            batch_size=None,
+            num_workers=workers,
+            prefetch_factor=prefetch,
+            collate_fn=_as_it_is,
+            worker_init_fn=lambda _: _begin_worker(parent),
+            multiprocessing_context="fork",
+        )
     in_main = threading.current_thread() is threading.main_thread()
     previous = signal.getsignal(signal.SIGCHLD) if in_main else None
     before = set(multiprocessing.active_children())

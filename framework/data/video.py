@@ -1,15 +1,18 @@
 """From video bytes to RGB frames: exactly those that are asked for, on one thread.
 
 Frame indices count the frames that a decoder puts out when it runs through the whole file, which is what the
-manifest counted. torchcodec decodes where it really can on this machine, else PyAV; both give the same frames
-for the same indices. Display matrices (a rotation stored beside the frames) are not applied: the manifest's
-width and height describe the pixels as stored.
+manifest counted. Display matrices (a rotation stored beside the frames) are not applied: the manifest's width
+and height describe the pixels as stored.
+
+PyAV decodes. With the packets' times known it starts at the nearest key frame and passes over frames that
+nothing refers to and nobody wants, which makes it faster than torchcodec where there are B frames and equal
+elsewhere (`benchmarks/results/decode.md`), and it gives the same pixels on every machine. torchcodec stays as
+the second backend, the independent witness that tests and benchmarks compare with.
 """
 
 from __future__ import annotations
 
-import functools
-import importlib
+import bisect
 import io
 import logging
 from collections.abc import Iterator, Sequence
@@ -23,7 +26,7 @@ import numpy as np
 from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
 
-__all__ = ["MAX_SIDE", "Backend", "Box", "Undecodable", "VideoRequest", "decode_video", "video_backend"]
+__all__ = ["MAX_SIDE", "Backend", "Box", "Undecodable", "VideoRequest", "decode_video", "pyav_frames"]
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +36,7 @@ Frames = NDArray[np.uint8]
 MAX_SIDE = 8192
 """Frames wider or higher than this are refused before they are decoded."""
 _CHUNK_BYTES = 1 << 26
+_TIMED_FORMATS = {"mp4", "matroska", "webm"}
 _OPTIONS = {
     "format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,mpegvideo,flv,asf,ogg",
     "protocol_whitelist": "pipe",
@@ -76,7 +80,7 @@ class VideoRequest:
 
 
 def decode_video(
-    data: bytes, request: VideoRequest, backend: Backend | None = None
+    data: bytes, request: VideoRequest, backend: Backend = "pyav"
 ) -> Iterator[tuple[NDArray[np.int64], Frames]]:
     """Yield the wanted frames in order, in chunks that bound memory.
 
@@ -89,9 +93,11 @@ def decode_video(
         raise Undecodable(f"frames of {request.width}x{request.height} pixels; at most {MAX_SIDE} a side")
     if not request.wanted or request.wanted[-1] >= request.total or request.wanted[0] < 0:
         raise Undecodable(f"frames {list(request.wanted)} asked of a video of {request.total}")
-    chosen = backend or video_backend()
-    frames = _torchcodec_frames(data, request) if chosen == "torchcodec" else _pyav_frames(data, request)
-    return _chunks(frames, request)
+    if backend == "torchcodec":
+        from framework.data.video_torchcodec import torchcodec_frames  # optional, and it needs this module
+
+        return _chunks(torchcodec_frames(data, request), request)
+    return _chunks(pyav_frames(data, request), request)
 
 
 def _chunks(frames: Iterator[Frames], request: VideoRequest) -> Iterator[tuple[NDArray[np.int64], Frames]]:
@@ -110,15 +116,15 @@ def _chunks(frames: Iterator[Frames], request: VideoRequest) -> Iterator[tuple[N
         yield indices, chunk
 
 
-# --- PyAV -------------------------------------------------------------------------------------------------
-
-
 class _Missed(Exception):
     """The quick way lost a frame; only running through the whole file tells."""
 
 
-def _pyav_frames(data: bytes, request: VideoRequest) -> Iterator[Frames]:
-    """The wanted frames by the quick way; from the first one that it loses on, by the sure way."""
+def pyav_frames(data: bytes, request: VideoRequest) -> Iterator[Frames]:
+    """The wanted frames by the quick way; from the first one that it loses on, by the sure way.
+
+    Each is (height, width, 3) of the request's box, and only valid until the next one is taken.
+    """
     area = request.area
     reformatter = VideoReformatter()  # one for all frames: making one costs as much as converting a frame
     given = 0
@@ -149,7 +155,7 @@ def _rgb(reformatter: VideoReformatter, frame: av.VideoFrame, request: VideoRequ
 
 def _container(data: bytes) -> av.container.InputContainer:
     """Open bytes that may come from a stranger: no playlists, no other files, no strict metadata."""
-    return av.open(io.BytesIO(data), metadata_errors="ignore", options=dict(_OPTIONS))
+    return av.open(io.BytesIO(data), "r", metadata_errors="ignore", options=dict(_OPTIONS))
 
 
 def _open(container: av.container.InputContainer) -> av.VideoStream:
@@ -180,37 +186,41 @@ def _indexed_decode(data: bytes, request: VideoRequest, wanted: Sequence[int]) -
     the last key frame before a wanted frame; frames that nothing refers to and nobody wants are skipped.
 
     Errors:
-        _Missed: the packets have no unique times, are not as many as the frames, or a frame did not come out.
+        _Missed: the packets do not tell reliably which frame is which, or a frame did not come out.
     """
     with _container(data) as container:
         stream = _open(container)
+        if not _TIMED_FORMATS.intersection(container.format.name.split(",")):
+            raise _Missed  # AVI and its like store no presentation times, and FFmpeg guesses wrong
         packets = [packet for packet in container.demux(stream) if packet.size > 0]
         times = {packet.pts for packet in packets if not packet.is_discard}
         if None in times or len(times) != request.total or len(packets) != request.total:
             raise _Missed
         table = sorted(cast(set[int], times))
+        if stream.codec_context.has_b_frames and table == [packet.pts for packet in packets]:
+            raise _Missed  # frames are stored out of order, but their times are not: the times were made up
         starts = _start_packets(packets, table, request.keyframes)
-        position = -1
-        pending = list(wanted)
-        while pending:
-            first = pending[0]
-            start = max((key for key in starts if key <= first), default=None)
-            if start is None or start <= position:
-                raise _Missed
-            following = min((key for key in starts if key > first), default=request.total)
-            later = [index for index in pending if index < following]
-            # One stretch goes on over key frames as long as a restart would save next to nothing.
-            for index in pending[len(later) :]:
-                key = max(key for key in starts if key <= index)
-                if key - later[-1] > _RESTART_GAIN:
-                    break
-                later.append(index)
-            codec = stream.codec_context
-            if position >= 0:
+        codec = stream.codec_context
+        codec.open(strict=False)  # before skip_frame changes: dav1d reads it here, and would skip for good
+        for number, (key, indices) in enumerate(_stretches(wanted, sorted(starts))):
+            if number > 0:
                 codec.flush_buffers()
-            yield from _decode_stretch(codec, packets[starts[start] :], [table[index] for index in later])
-            position = start
-            pending = pending[len(later) :]
+            yield from _decode_stretch(codec, packets[starts[key] :], [table[index] for index in indices])
+
+
+def _stretches(wanted: Sequence[int], keys: Sequence[int]) -> list[tuple[int, list[int]]]:
+    """Frames to decode in one go, each with the key frame to start from; `keys` are ascending from 0.
+
+    A stretch goes on over key frames as long as a restart would save next to nothing.
+    """
+    stretches: list[tuple[int, list[int]]] = []
+    for index in wanted:
+        key = keys[bisect.bisect_right(keys, index) - 1]
+        if stretches and key - stretches[-1][1][-1] <= _RESTART_GAIN:
+            stretches[-1][1].append(index)
+        else:
+            stretches.append((key, [index]))
+    return stretches
 
 
 def _start_packets(
@@ -225,11 +235,14 @@ def _start_packets(
 
 def _decode_stretch(codec: Any, packets: Sequence[Any], times: Sequence[int]) -> Iterator[av.VideoFrame]:
     """The frames with the given ascending presentation times, decoded from the first packet on."""
-    targets, given = set(times), 0
+    targets, given, before = set(times), 0, None
     for packet in [*packets, None]:
         if packet is not None:
             codec.skip_frame = "DEFAULT" if packet.pts in targets else "NONREF"
         for frame in codec.decode(packet):
+            if frame.pts is None or (before is not None and frame.pts <= before):
+                raise _Missed
+            before = frame.pts
             if frame.pts not in targets:
                 continue
             if frame.pts != times[given]:
@@ -239,60 +252,3 @@ def _decode_stretch(codec: Any, packets: Sequence[Any], times: Sequence[int]) ->
             if given == len(times):
                 return
     raise _Missed
-
-
-# --- torchcodec -------------------------------------------------------------------------------------------
-
-
-def _torchcodec_frames(data: bytes, request: VideoRequest) -> Iterator[Frames]:
-    """The wanted frames by torchcodec, or by PyAV for files whose frames torchcodec counts differently."""
-    decoders = importlib.import_module("torchcodec.decoders")
-    try:
-        decoder = decoders.VideoDecoder(data, dimension_order="NHWC", num_ffmpeg_threads=1, seek_mode="exact")
-        about = decoder.metadata
-        fits = about.num_frames == request.total and (about.height, about.width) == (
-            request.height,
-            request.width,
-        )
-    except (RuntimeError, ValueError) as error:
-        raise Undecodable(f"torchcodec: {error}") from error
-    if not fits:
-        yield from _pyav_frames(data, request)
-        return
-    area = request.area
-    rows, columns = slice(area.top, area.top + area.height), slice(area.left, area.left + area.width)
-    length = max(1, _CHUNK_BYTES // (request.height * request.width * 3))
-    for start in range(0, len(request.wanted), length):
-        try:
-            batch = decoder.get_frames_at(indices=list(request.wanted[start : start + length])).data
-        except (RuntimeError, IndexError) as error:
-            raise Undecodable(f"torchcodec: {error}") from error
-        yield from batch.numpy()[:, rows, columns]
-
-
-@functools.cache
-def video_backend() -> Backend:
-    """The backend that decodes on this machine, found by decoding a frame; logged once per process."""
-    try:
-        request = VideoRequest(wanted=(1,), total=2, height=32, width=32)
-        frames = list(_torchcodec_frames(_probe_clip(), request))
-    except (ImportError, OSError, RuntimeError, Undecodable) as error:
-        log.info("videos are decoded by PyAV %s (torchcodec: %s)", av.__version__, str(error).split("\n")[0])
-        return "pyav"
-    if len(frames) != 1 or frames[0].shape != (32, 32, 3):
-        log.warning("videos are decoded by PyAV: torchcodec imports, but does not give the frames asked for")
-        return "pyav"
-    log.info("videos are decoded by torchcodec")
-    return "torchcodec"
-
-
-def _probe_clip() -> bytes:
-    """A video of two grey frames."""
-    file = io.BytesIO()
-    with av.open(file, "w", format="mp4") as container:
-        stream = container.add_stream("mpeg4", rate=10)
-        stream.width, stream.height, stream.pix_fmt = 32, 32, "yuv420p"
-        for _ in range(2):
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.full((32, 32, 3), 128, np.uint8))))
-        container.mux(stream.encode())
-    return file.getvalue()

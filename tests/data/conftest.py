@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import io
+import sys
 import tarfile
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import av
@@ -157,6 +159,12 @@ def mixed_media(videos: int = 10, images: int = 14) -> list[Medium]:
     for number in range(max(videos, images)):
         media += clips[number : number + 1] + pictures[number : number + 1]
     return media
+
+
+@pytest.fixture(scope="session")
+def helpers() -> ModuleType:
+    """The functions of this file, for tests that make their own data."""
+    return sys.modules[__name__]
 
 
 @pytest.fixture(scope="session")
