@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from framework.models.inputs import InputSpec
+from framework.models.pooling import AttentionPool
 from framework.models.tubes import CHANNELS
 from framework.models.tubevit import TubeViT
 
@@ -79,7 +80,7 @@ def forward_cost(model: TubeViT, spec: InputSpec) -> Cost:
     embedding = sum(grid.tokens * CHANNELS * math.prod(tubes[grid.tube].kernel) * width for grid in grids)
     projections = tokens * (4 * width**2 + 2 * width * size.mlp_width)
     attention = 2 * tokens**2 * width
-    pooling = 2 * tokens * size.heads * width + width**2 if hasattr(model.pool, "query") else 0
+    pooling = 2 * tokens * size.heads * width + width**2 if isinstance(model.pool, AttentionPool) else 0
     work = embedding + size.depth * (projections + attention) + pooling + width * spec.classes
     softmax = 2 * size.depth * size.heads * tokens**2
     elementwise = ELEMENTWISE * width * tokens * size.depth
