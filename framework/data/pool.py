@@ -87,6 +87,9 @@ def _start(
 ) -> tuple[Iterator[Any], list[BaseProcess]]:
     """A running DataLoader and its processes."""
     parent = os.getpid()
+    in_main = threading.current_thread() is threading.main_thread()
+    previous = signal.getsignal(signal.SIGCHLD) if in_main else None
+    before = set(multiprocessing.active_children())
     with warnings.catch_warnings():
         # How many workers a machine bears is the recipe's affair, and how loaded it is the journal's.
         warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)
@@ -99,10 +102,7 @@ def _start(
             worker_init_fn=lambda _: _begin_worker(parent),
             multiprocessing_context="fork",
         )
-    in_main = threading.current_thread() is threading.main_thread()
-    previous = signal.getsignal(signal.SIGCHLD) if in_main else None
-    before = set(multiprocessing.active_children())
-    iterator = iter(loader)
+        iterator = iter(loader)
     if in_main:
         # torch's handler would raise a worker's death at any line of the program; `next` reports it in here.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL if previous is None else previous)

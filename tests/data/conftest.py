@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from framework.data.manifest import DatasetInfo, ShardInfo, checksum
+from framework.data.manifest import DatasetInfo, Manifest, ShardInfo, checksum
 from framework.data.manifest_writer import write_manifest
 from framework.recipe.schema import Recipe
 
@@ -214,3 +214,18 @@ def make_recipe() -> Callable[..., Recipe]:
         )
 
     return make
+
+
+@pytest.fixture
+def flip_byte() -> Callable[[Path, Manifest, int], None]:
+    """Change one bit in the middle of a sample's media bytes, and nothing else."""
+
+    def flip(folder: Path, manifest: Manifest, index: int) -> None:
+        sample = manifest.sample(index)
+        with (folder / sample.shard).open("r+b") as file:
+            file.seek(sample.offset + sample.length // 2)
+            byte = file.read(1)[0]
+            file.seek(-1, 1)
+            file.write(bytes([byte ^ 1]))
+
+    return flip
