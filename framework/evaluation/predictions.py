@@ -30,7 +30,8 @@ class Predictions:
         tiles = self._tiles.setdefault(name, [])
         classes = self._sources[name].dataset.classes
         predicted = logits.mean(dim=1).argmax(dim=1).tolist()
-        middle = batch.pixels.shape[1] // 2
+        views = batch.pixels.shape[1]
+        middle = views // 3 // 2 * 3 + 1 if views % 3 == 0 else views // 2  # the centre of three crops
         for row in batch.valid.nonzero().flatten().tolist():
             if len(tiles) >= self._samples:
                 return
