@@ -81,6 +81,8 @@ def _tubeworks(*arguments: str, capture: bool = False) -> str:
     command = [sys.executable, "-m", "launch.cli", *arguments]
     done = subprocess.run(command, stdout=subprocess.PIPE if capture else None, text=True, check=False)
     if done.returncode:
+        if done.returncode > 128:
+            logger.info("stopped; `make demo` goes on from here")
         sys.exit(done.returncode)
     return done.stdout or ""
 
