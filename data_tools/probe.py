@@ -35,6 +35,7 @@ _TOLERANCE = 0.02
 _CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,mpegvideo,flv,asf,ogg"
 # Playlists and the like would make the demuxer open other files or addresses.
 _OPTIONS = {"format_whitelist": _CONTAINERS, "protocol_whitelist": "pipe"}
+_IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 _IMAGE_SUFFIXES = {
     "JPEG": "jpg",
     "MPO": "jpg",
@@ -83,7 +84,7 @@ def _probe_image(data: bytes) -> Media:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of sizes that we refuse anyway
-            with Image.open(io.BytesIO(data), formats=tuple(_IMAGE_SUFFIXES)) as image:
+            with Image.open(io.BytesIO(data), formats=_IMAGE_FORMATS) as image:
                 width, height = image.size
                 if width * height > MAX_IMAGE_PIXELS:
                     raise Unusable(
@@ -173,8 +174,9 @@ def _check_complete(container: InputContainer, stream: VideoStream, seen: _Seen)
     good = seen.frames - seen.corrupt
     claim = max(stream.frames - seen.discarded, seen.frames) if stream.frames else seen.frames
     if claim - good > max(1, math.ceil(_TOLERANCE * claim)):
-        what = "truncated" if claim > seen.frames else "damaged"
-        raise Unusable(f"{what}: {good} of {claim} frames decode")
+        if claim == seen.frames:
+            raise Unusable(f"damaged: {seen.corrupt} of {claim} frames decode with errors")
+        raise Unusable(f"truncated: {good} of {claim} frames decode")
     if not stream.frames and container.duration:
         duration = container.duration / av.time_base
         start = (container.start_time or 0) / av.time_base

@@ -1,0 +1,121 @@
+"""Probing decodes everything: true numbers for good files, and a reason for each bad one."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+
+import pytest
+from PIL import Image
+
+from data_tools.items import Unusable
+from data_tools.probe import MAX_IMAGE_PIXELS, probe
+
+
+def test_a_video_is_described_by_what_decodes(make_video: Callable[..., bytes]) -> None:
+    media = probe(make_video(20, size=(64, 48), fps=10, gop=8), "video", "mp4")
+    assert (media.width, media.height, media.frames, media.extension) == (64, 48, 20, "mp4")
+    assert media.fps == pytest.approx(10)
+    assert media.keyframes == (0, 8, 16)
+
+
+@pytest.mark.parametrize(
+    ("container", "codec"), [("matroska", "libx264"), ("avi", "mpeg4"), ("mov", "libx264")]
+)
+def test_containers_and_codecs(make_video: Callable[..., bytes], container: str, codec: str) -> None:
+    media = probe(make_video(25, container=container, codec=codec), "video", "x")
+    assert media.frames == 25
+    assert media.fps == pytest.approx(10, rel=0.01)
+
+
+def test_sound_beside_the_video_does_not_matter(make_video: Callable[..., bytes]) -> None:
+    assert probe(make_video(5, audio=True), "video", "mp4").frames == 5
+    # the tone is a second long, the film half a second: that is no truncation
+    assert probe(make_video(5, audio=True, container="matroska"), "video", "mkv").frames == 5
+
+
+@pytest.mark.parametrize(
+    ("container", "codec", "suffix"),
+    [("mp4", "libx264", "mp4"), ("matroska", "libx264", "mkv"), ("avi", "mpeg4", "avi")],
+)
+@pytest.mark.parametrize("share", [0.9, 0.5])
+def test_a_truncated_video_is_found_at_any_place(
+    make_video: Callable[..., bytes], container: str, codec: str, suffix: str, share: float
+) -> None:
+    data = make_video(75, container=container, codec=codec, gop=250)
+    assert probe(data, "video", suffix).frames == 75
+    with pytest.raises(Unusable, match="truncated"):
+        probe(data[: int(len(data) * share)], "video", suffix)
+
+
+def test_a_truncated_video_with_its_index_in_front_says_how_much_is_left(
+    make_video: Callable[..., bytes],
+) -> None:
+    data = make_video(75, options={"movflags": "faststart"})
+    assert data.index(b"moov") < data.index(b"mdat")
+    with pytest.raises(Unusable, match=r"truncated.*\d+ of 75 frames decode"):
+        probe(data[: int(len(data) * 0.9)], "video", "mp4")
+
+
+def test_a_frame_or_two_less_than_claimed_is_tolerated(make_video: Callable[..., bytes]) -> None:
+    data = bytearray(make_video(100, container="avi", codec="mpeg4"))
+    place = data.index(b"strh") + 8 + 32  # dwLength of the stream: frames that it claims to have
+    claimed = int.from_bytes(data[place : place + 4], "little")
+    assert claimed == 100
+    data[place : place + 4] = (102).to_bytes(4, "little")
+    assert probe(bytes(data), "video", "avi").frames == 100
+    data[place : place + 4] = (110).to_bytes(4, "little")
+    with pytest.raises(Unusable, match="truncated: 100 of 110 frames decode"):
+        probe(bytes(data), "video", "avi")
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", r"empty file \(0 bytes\)"),
+        (b"<!DOCTYPE html><html>Not found</html>", "not media: a web page instead of a video"),
+        (b"\n  <html><body>429</body></html>", "not media: a web page instead of a video"),
+        (b"random text that is no film at all", "not media"),
+        (b"\x00\x00\x00\x18ftypmp42" + bytes(40), "truncated or damaged: an mp4 file"),
+        (b"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\n/etc/passwd\n#EXT-X-ENDLIST\n", "not media"),
+        (b"ffconcat version 1.0\nfile /etc/passwd\n", "not media"),
+    ],
+)
+def test_what_is_no_video_is_refused_with_a_reason(data: bytes, reason: str) -> None:
+    with pytest.raises(Unusable, match=reason):
+        probe(data, "video", "mp4")
+
+
+def test_sound_alone_is_no_video(make_video: Callable[..., bytes]) -> None:
+    with pytest.raises(Unusable, match="no video in it \\(audio only\\)"):
+        probe(make_video(video=False, audio=True), "video", "mp4")
+
+
+def test_an_image_is_no_video(make_image: Callable[..., bytes]) -> None:
+    with pytest.raises(Unusable, match="an image instead of a video"):
+        probe(make_image(), "video", "mp4")
+
+
+@pytest.mark.parametrize(
+    ("form", "suffix"), [("JPEG", "jpg"), ("PNG", "png"), ("WEBP", "webp"), ("BMP", "bmp")]
+)
+def test_images_are_named_by_what_they_are(make_image: Callable[..., bytes], form: str, suffix: str) -> None:
+    media = probe(make_image((40, 30), form), "image", "jpeg")  # ImageNet has a PNG that is called .JPEG
+    assert (media.width, media.height, media.frames, media.fps, media.keyframes) == (40, 30, 1, 0.0, ())
+    assert media.extension == suffix
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG"])
+def test_a_truncated_image_is_found(make_image: Callable[..., bytes], form: str) -> None:
+    data = make_image((200, 200), form)
+    with pytest.raises(Unusable, match="truncated"):
+        probe(data[: len(data) * 9 // 10], "image", "jpg")
+
+
+def test_an_image_that_unpacks_to_too_much_is_refused_before_it_is_unpacked() -> None:
+    side = int(MAX_IMAGE_PIXELS**0.5) + 1
+    for width, height in ((side, side), (20000, 20000)):
+        buffer = io.BytesIO()
+        Image.new("1", (width, height)).save(buffer, "PNG")
+        with pytest.raises(Unusable, match="too large"):
+            probe(buffer.getvalue(), "image", "png")
