@@ -9,6 +9,7 @@ from typing import Any, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 
 from framework.recipe.document import Node, Origin, Problem, emit_flow, plain
+from framework.recipe.schema import BrokenRule
 
 __all__ = ["explain", "translate"]
 
@@ -33,6 +34,9 @@ def translate(error: ValidationError, root: Node, schema: type[BaseModel]) -> li
     problems: dict[Problem, None] = {}
     for finding in error.errors(include_url=False):
         location = finding["loc"]
+        broken = finding.get("ctx", {}).get("error")
+        if isinstance(broken, BrokenRule):
+            location = (*location, *broken.path)
         if location[-1:] == ("[key]",):
             location = location[:-1]
             origin, _ = _find(root, location)

@@ -7,12 +7,14 @@ errors are in `framework.recipe.compose` and `framework.recipe.errors`.
 
 from __future__ import annotations
 
+import difflib
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 __all__ = [
     "Augment",
+    "BrokenRule",
     "Checkpoint",
     "Clip",
     "Data",
@@ -35,6 +37,14 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Triple = tuple[Positive, Positive, Positive]
 Offset = tuple[NonNegative, NonNegative, NonNegative]
+
+
+class BrokenRule(ValueError):
+    """Values that are right alone and wrong together; `path` leads from the section to the one to name."""
+
+    def __init__(self, text: str, *path: str) -> None:
+        super().__init__(text)
+        self.path = path
 
 
 class Section(BaseModel):
@@ -158,9 +168,10 @@ class Data(Section):
     def _mixture_names_sources(self) -> Data:
         for name in self.mixture:
             if name not in self.sources:
-                raise ValueError(
-                    f"mixture names `{name}`, which is not in sources ({', '.join(self.sources)})"
-                )
+                near = difflib.get_close_matches(name, self.sources, n=1)
+                guess = f", did you mean `{near[0]}`?" if near else "."
+                text = f"there is no such source{guess} Names in data.sources: {', '.join(self.sources)}"
+                raise BrokenRule(text, "mixture", name)
         return self
 
 
@@ -212,9 +223,9 @@ class Engine(Section):
     @model_validator(mode="after")
     def _offload_needs_sharding(self) -> Engine:
         if self.offload == "all" and self.zero != 3:
-            raise ValueError("offload: all needs zero: 3 (only there are parameters sharded)")
+            raise BrokenRule("all needs zero: 3 (only there are parameters sharded)", "offload")
         if self.offload == "optimizer" and self.zero == 0:
-            raise ValueError("offload: optimizer needs zero: 1, 2 or 3")
+            raise BrokenRule("optimizer needs zero: 1, 2 or 3", "offload")
         if self.zero == 0 and self.precision == "bf16":
             raise ValueError(
                 "zero: 0 is for fp32; bf16 takes zero: 1, which computes the same and costs less"
@@ -273,8 +284,6 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _warmup_fits(self) -> Recipe:
         if self.schedule.warmup >= self.train.steps and self.schedule.warmup > 0:
-            raise ValueError(
-                f"schedule.warmup ({self.schedule.warmup}) must be smaller than "
-                f"train.steps ({self.train.steps})"
-            )
+            text = f"must be smaller than train.steps ({self.train.steps}), not {self.schedule.warmup}"
+            raise BrokenRule(text, "schedule", "warmup")
         return self
