@@ -1,4 +1,4 @@
-"""One sender per run folder."""
+"""One sender, and one training, per run folder."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ __all__ = ["RunLock"]
 
 
 class RunLock:
-    """Whoever holds it sends `RUN` to MLflow; it ends with the process that holds it, however that ends.
+    """Whoever holds it sends `RUN` to MLflow (or, by another `name`, does something else that only one may).
 
-    On a file system without locks everybody gets it: sending twice is slow but not wrong (see `sender`).
+    It ends with the process that holds it, and with those that were forked from it, however they end. On a
+    file system without locks everybody gets it: sending twice is slow but not wrong (see `sender`).
     """
 
-    def __init__(self, run: Path) -> None:
-        self.path = Path(run) / ".mlflow.lock"
+    def __init__(self, run: Path, name: str = ".mlflow.lock") -> None:
+        self.path = Path(run) / name
         self._file = -1
 
     def acquire(self) -> bool:

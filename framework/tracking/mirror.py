@@ -7,6 +7,7 @@ point; what could not be sent stays in the journal for `sync_run`.
 
 from __future__ import annotations
 
+import getpass
 import json
 import logging
 import os
@@ -136,6 +137,7 @@ def settings_of(run: Path, recipe: Recipe, info: RunInfo) -> Settings:
     local = recipe.tracking.uri is None
     return Settings(
         run=str(run),
+        name=recipe.name if run.name == recipe.name else f"{recipe.name} ({run.name})",
         uri=recipe.tracking.uri or f"sqlite:///{run.parent / 'mlflow.db'}",
         experiment=recipe.tracking.experiment,
         artifact_root=(run.parent / "mlartifacts").as_uri() if local else None,
@@ -206,6 +208,7 @@ def _tags(recipe: Recipe, info: RunInfo) -> dict[str, str]:
         "mlflow.note.content": _note(recipe),
         "mlflow.source.name": "tubeworks train",
         "mlflow.source.type": "LOCAL",
+        "mlflow.user": _user(),
         "recipe": recipe.name,
         "recipe_hash": info.recipe_hash,
         "plan_hash": info.plan_hash,
@@ -219,6 +222,13 @@ def _tags(recipe: Recipe, info: RunInfo) -> dict[str, str]:
     tags.update({f"manifest.{name}": value for name, value in info.manifests.items()})
     tags.update(info.tags)
     return {name: masked(value) for name, value in tags.items() if value}
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container whose user has no name
+        return str(os.getuid())
 
 
 def _note(recipe: Recipe) -> str:

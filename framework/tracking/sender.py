@@ -39,6 +39,10 @@ READ_BYTES = 1 << 18
 POINTS_PER_CALL = 800  # MLflow takes 1000 metrics and tags, and a megabyte, in one call
 OFFSET_TAG = "tubeworks.offset"
 ID_TAG = "tubeworks.id"
+EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
+"""Without it MLflow's pages show what belongs to language models."""
+ATTEMPT_TAGS = ("host", "world_size", "git.commit", "git.dirty")
+"""What is kept of every later attempt; the tags of these names are those of the last one."""
 ARTIFACTS = ("recipe.yaml", "run.json", "git*.diff", "pictures/*.png", "evaluations/*.json")
 
 
@@ -47,6 +51,9 @@ class Settings:
     """What the MLflow run of a run folder should say; plain values, so that it can go through a pipe."""
 
     run: str
+    """The run folder."""
+    name: str
+    """What MLflow calls the run."""
     uri: str
     experiment: str
     artifact_root: str | None = None
@@ -290,7 +297,7 @@ class Sender:
             self._experiment(client),
             start_time=int(first.time * 1000) if first else None,
             tags={ID_TAG: self.state["id"]},
-            run_name=self.run.name,
+            run_name=self.settings.name,
         )
 
     def _experiment(self, client: MlflowClient) -> str:
@@ -301,7 +308,7 @@ class Sender:
         experiment = client.get_experiment_by_name(name)
         if experiment is None:
             try:
-                return client.create_experiment(name, artifact_location=self.settings.artifact_root)
+                return client.create_experiment(name, self.settings.artifact_root, EXPERIMENT_TAGS)
             except MlflowException as error:
                 if error.error_code != "RESOURCE_ALREADY_EXISTS":
                     raise
@@ -321,7 +328,7 @@ class Sender:
         new = {name: value for name, value in self.settings.params.items() if name not in known}
         tags = dict(self.settings.tags)
         if self.settings.attempt > 0:
-            tags.update({prefix + name: value for name, value in tags.items() if "." not in name})
+            tags.update({prefix + name: tags[name] for name in ATTEMPT_TAGS if name in tags})
             changed = {n: v for n, v in self.settings.params.items() if known.get(n, v) != v}
             tags.update({safe_name(prefix + name): value for name, value in changed.items()})
         tags = {name: value for name, value in tags.items() if run.data.tags.get(name) != value}

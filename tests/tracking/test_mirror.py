@@ -79,7 +79,7 @@ def test_both_attempts_are_one_mlflow_run(finished: Path) -> None:
     client = MlflowClient(tracking_uri=store(finished))
     experiment = client.get_experiment_by_name("tests")
     (run,) = client.search_runs([experiment.experiment_id])
-    assert run.info.run_name == "moving"
+    assert run.info.run_name == "tracked (moving)"
     assert run.info.status == "FINISHED"
 
 
@@ -100,6 +100,7 @@ def test_tags_say_which_code_data_and_machines(finished: Path) -> None:
     assert tags["plan_hash"] == "feed"
     assert (tags["world_size"], tags["attempt.1.world_size"]) == ("4", "4")
     assert tags["attempt.1.host"] == "there"
+    assert tags["mlflow.user"]
     assert "Digits that move." in tags["mlflow.note.content"]
     assert "motion top-1" in tags["mlflow.note.content"]
 
