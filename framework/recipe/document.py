@@ -73,7 +73,9 @@ class Problem:
     text: str
 
     def __str__(self) -> str:
-        return f"{self.origin}: {self.key}: {self.text}" if self.key else f"{self.origin}: {self.text}"
+        # an override names its key itself
+        named = not self.key or f" {self.key}=" in self.origin.file
+        return f"{self.origin}: {self.text}" if named else f"{self.origin}: {self.key}: {self.text}"
 
 
 class _Broken(Exception):

@@ -78,7 +78,7 @@ def test_a_wrong_recipe_is_a_message_without_traceback(tmp_path: Path) -> None:
     first, *lines = answer.stderr.splitlines()
     assert first.startswith("error: recipe ")
     assert len(lines) == 2
-    assert "train.stpes: unknown key, did you mean `steps`?" in answer.stderr
+    assert "train.stpes=5: unknown key, did you mean `steps`?" in answer.stderr
     assert not list(tmp_path.iterdir())
 
 
