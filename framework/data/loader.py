@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from framework.data.plan import Plan
-from framework.data.pool import Failure, in_order
+from framework.data.pool import Failure, in_order, pixel_memory
 from framework.data.randomness import sample_seed, sample_seeds
 from framework.data.samples import STAGES, SampleReader
 from framework.data.sources import OpenSource
@@ -145,7 +145,7 @@ class _TrainingBatches:
     def _group(self, name: str, epochs: np.ndarray, indices: np.ndarray, batch: Batch) -> Group:
         source = self._recipe.data.sources[name]
         shape = (len(indices), source.frames, source.size, source.size, 3)
-        pixels, labels = torch.empty(shape, dtype=torch.uint8), np.empty(len(indices), np.int64)
+        pixels, labels = pixel_memory(shape), np.empty(len(indices), np.int64)
         used, views = np.array(indices, np.int64), np.zeros(len(indices), np.int64)
         for row, epoch in enumerate(epochs):
             view, info, used[row], views[row] = self._sample(
@@ -215,7 +215,9 @@ def evaluation_batches(
         DataError: an unreadable shard, or a worker that died.
     """
     maker = _EvaluationBatches(source, world, (temporal_views, spatial_views), batch, shuffle_frames)
-    return in_order(maker, -(-len(source) // (world.size * batch)), workers, 2)
+    return in_order(
+        maker, -(-len(source) // (world.size * batch)), workers, 1
+    )  # with all views a batch is large
 
 
 class _EvaluationBatches:
@@ -237,8 +239,9 @@ class _EvaluationBatches:
         index = np.arange(first, first + rows)
         valid = index < len(self._opened)
         shape = (rows, self._temporal * self._spatial, source.frames, source.size, source.size, 3)
-        pixels, labels = torch.zeros(shape, dtype=torch.uint8), np.zeros(rows, np.int64)
+        labels = np.zeros(rows, np.int64)
         try:
+            pixels = pixel_memory(shape)
             for row in np.flatnonzero(valid):
                 info = self._reader.info(int(index[row]))
                 seed = sample_seed(0, self._opened.name, 0, int(index[row])) if self._shuffle else None

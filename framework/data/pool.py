@@ -10,16 +10,17 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from typing import Any, TypeVar
 
-from torch.utils.data import DataLoader, Dataset
+import torch
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from framework.errors import DataError, TubeworksError
 
-__all__ = ["Failure", "in_order"]
+__all__ = ["Failure", "in_order", "pixel_memory"]
 
 Item = TypeVar("Item")
 
@@ -65,6 +66,26 @@ def in_order(
         del iterator
 
 
+def pixel_memory(shape: Sequence[int]) -> torch.Tensor:
+    """Zeroed uint8 memory for an item; in a worker shared memory, which the rank takes over without a copy.
+
+    Left to the worker's queue, sharing would fail in its background thread, and the rank would wait for ever.
+
+    Errors:
+        DataError: there is not enough shared memory.
+    """
+    pixels = torch.zeros(tuple(shape), dtype=torch.uint8)
+    if get_worker_info() is None:
+        return pixels
+    try:
+        return pixels.share_memory_()
+    except RuntimeError as error:
+        raise DataError(
+            f"no shared memory for {pixels.nbytes / 1e6:.1f} MB of pixels ({error}): "
+            "make /dev/shm larger (docker: --shm-size), or lower data.workers and data.prefetch"
+        ) from error
+
+
 def _checked(item: Item | Failure) -> Item:
     if isinstance(item, Failure):
         raise item.error
@@ -101,6 +122,7 @@ def _start(
             collate_fn=_as_it_is,
             worker_init_fn=lambda _: _begin_worker(parent),
             multiprocessing_context="fork",
+            generator=torch.Generator(),  # else torch draws from the rank's own generator, and shifts it
         )
         iterator = iter(loader)
     if in_main:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -217,6 +218,17 @@ def test_bytes_that_verify_but_do_not_decode(tmp_path: Path, helpers: Any, make_
     folder = helpers.write_shards(tmp_path / "shards", [medium], {"stills": ["a", "b", "c", "d"]}, 1)
     with pytest.raises(CorruptSample, match=r"does not decode: .*key stills/0"):
         batches_of(make_recipe(folder, mixture={"stills": 1}), World())
+
+
+def test_no_room_in_shared_memory_is_an_error_and_no_hang(shards: Path, make_recipe: Callable) -> None:
+    recipe = make_recipe(shards, data={"workers": 1}, video={"size": 64})
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, before[1]))  # a clip of 64 pixels takes 49,152 bytes
+    try:
+        with pytest.raises(DataError, match=r"no shared memory for 0\.2 MB of pixels .*--shm-size"):
+            batches_of(recipe, World())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])

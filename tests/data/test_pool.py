@@ -95,6 +95,12 @@ def test_the_handler_for_ended_children_is_left_as_it_was() -> None:
     assert signal.getsignal(signal.SIGCHLD) == before
 
 
+def test_the_random_generator_of_the_rank_is_not_touched() -> None:
+    before = torch.get_rng_state()
+    assert list(in_order(lambda number: number, 4, 2, 2)) == [0, 1, 2, 3]
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 SCRIPT = """
 import os, sys, time
 from framework.data.pool import in_order
