@@ -173,7 +173,7 @@ def report(clips: int) -> str:
         f"{machine()}, PyAV {av.__version__}, torch {torch.__version__}.",
         "",
         "A training sample is 32 frames with stride 2, a random crop resized to 224x224, and a flip; stages",
-        "are shares of its time. The last column is the time with RandAugment (2 layers, magnitude 10) besides.",
+        "are shares of its time. The last column: with RandAugment (2 layers, magnitude 10) besides.",
         "",
         "| encoding | kB | ms | clips/s/core | read | verify | decode | resize | collate | RandAugment: ms |",
         "|---|---|---|---|---|---|---|---|---|---|",
