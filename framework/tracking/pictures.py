@@ -6,6 +6,8 @@ other ranks wait.
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -27,7 +29,9 @@ logger = logging.getLogger(__name__)
 
 SAMPLES = 16
 FRAMES = 4
-LONGEST_NAME = 26
+NARROWEST_CELL = 180
+"""Pixels, so that names have room below single small frames."""
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 BACKGROUND, TEXT, RIGHT, WRONG = "#ffffff", "#1f2933", "#1a7f37", "#cf222e"
 
 
@@ -55,21 +59,21 @@ def contact_sheet(tiles: Sequence[Tile], path: Path, title: str, frame_pixels: i
     if not tiles:
         raise ValueError("a contact sheet needs at least one sample")
     strips = [_strip(tile.frames, frame_pixels) for tile in tiles]
-    cell = max(max(strip.width for strip in strips), 150)
+    cell = max(max(strip.width for strip in strips), NARROWEST_CELL)
     columns = max(1, min(len(tiles), 960 // (cell + 12)))
     rows = -(-len(tiles) // columns)
-    font, line = ImageFont.load_default(13), 18
+    font, line = _font(13), 18
     height = frame_pixels + 2 * line + 14
     sheet = Image.new("RGB", (columns * (cell + 12) + 12, rows * height + 40), BACKGROUND)
     draw = ImageDraw.Draw(sheet)
-    draw.text((12, 10), title, fill=TEXT, font=ImageFont.load_default(15))
+    draw.text((12, 10), title, fill=TEXT, font=_font(15))
     for number, (tile, strip) in enumerate(zip(tiles, strips, strict=True)):
         left, top = 12 + number % columns * (cell + 12), 40 + number // columns * height
         sheet.paste(strip, (left, top))
-        draw.text((left, top + frame_pixels + 2), _short(tile.label), fill=TEXT, font=font)
+        draw.text((left, top + frame_pixels + 2), _fit(tile.label, font, cell), fill=TEXT, font=font)
         if tile.prediction is not None:
             color = RIGHT if tile.prediction == tile.label else WRONG
-            text = f"→ {_short(tile.prediction)}"
+            text = _fit(f"predicted: {tile.prediction}", font, cell)
             draw.text((left, top + frame_pixels + 2 + line), text, fill=color, font=font)
     return _save(sheet, path)
 
@@ -112,8 +116,24 @@ def _strip(frames: NDArray[np.uint8], height: int) -> Image.Image:
     return strip
 
 
-def _short(text: str) -> str:
-    return text if len(text) <= LONGEST_NAME else text[: LONGEST_NAME - 1] + "…"
+@functools.cache
+def _font(pixels: int) -> Font:
+    """DejaVu Sans, for class names in many scripts, where matplotlib is installed (MLflow brings it)."""
+    found = importlib.util.find_spec("matplotlib")
+    for folder in (found.submodule_search_locations if found else None) or ():
+        path = Path(folder) / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf"
+        if path.is_file():
+            return ImageFont.truetype(str(path), pixels)
+    return ImageFont.load_default(pixels)
+
+
+def _fit(text: str, font: Font, width: int) -> str:
+    """The text, or as much of its beginning as fits into `width` pixels."""
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(f"{text}…") > width:
+        text = text[:-1]
+    return f"{text}…"
 
 
 def _save(sheet: Image.Image, path: Path) -> Path:

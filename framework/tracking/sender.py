@@ -40,7 +40,7 @@ POINTS_PER_CALL = 800  # MLflow takes 1000 metrics and tags, and a megabyte, in 
 OFFSET_TAG = "tubeworks.offset"
 ID_TAG = "tubeworks.id"
 EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
-"""Without it MLflow's pages show what belongs to language models."""
+"""Model training, which is not what MLflow takes for granted."""
 ATTEMPT_TAGS = ("host", "world_size", "git.commit", "git.dirty")
 """What is kept of every later attempt; the tags of these names are those of the last one."""
 ARTIFACTS = ("recipe.yaml", "run.json", "git*.diff", "pictures/*.png", "evaluations/*.json")

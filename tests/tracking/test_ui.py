@@ -45,7 +45,11 @@ class Pages:
         shutil.rmtree(profile, ignore_errors=True)  # a new visitor, whose pages remember nothing
         command = [str(BROWSER), *OPTIONS, f"--user-data-dir={profile}", "--window-size=1600,1400"]
         # virtual time stands still while the page waits for an answer: generous, and over soon
-        command += ["--virtual-time-budget=120000", *arguments, f"{self.root}{page}"]
+        command += [
+            "--virtual-time-budget=120000",
+            *arguments,
+            f"{self.root}{page}?workflowType=machine_learning",
+        ]
         done = subprocess.run(command, capture_output=True, text=True, timeout=180, check=True)
         return done.stdout
 
@@ -80,7 +84,8 @@ def pages(server: Any, tmp_path_factory: pytest.TempPathFactory, recipe_for: Cal
             journal.write(step, {"train/loss": math.exp(-step / 30), "system/cpu_percent": 50.0})
     assert mirror.close("FINISHED", timeout=120)
     state = load_state(run)
-    return Pages(f"{server.uri}/#/experiments/{state['experiment_id']}/runs/{state['run_id']}", folder)
+    root = f"{server.uri}/#/experiments/{state['experiment_id']}/runs/{state['run_id']}"
+    return Pages(root, folder)
 
 
 def test_overview_shows_name_description_metrics_and_parameters(pages: Pages) -> None:
