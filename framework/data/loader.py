@@ -7,7 +7,8 @@ of workers nor their speed can change a batch.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -74,10 +75,10 @@ def training_batches(
     *,
     start_step: int,
     stop_step: int,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Yield this rank's micro-batches of steps start_step … stop_step-1, in order.
 
-    Close the iterator (or leave it to be collected) to end the workers.
+    Close the generator (or leave it to be collected) to end the workers.
 
     Errors:
         RecipeError: the ranks and micro-batches do not divide the mixture.
@@ -91,20 +92,21 @@ def training_batches(
     return _counting_corrupt(recipe, in_order(maker, count, recipe.data.workers, recipe.data.prefetch))
 
 
-def _counting_corrupt(recipe: Recipe, batches: Iterator[Batch]) -> Iterator[Batch]:
+def _counting_corrupt(recipe: Recipe, batches: Generator[Batch, None, None]) -> Generator[Batch, None, None]:
     """Stop when this rank has replaced more samples than the recipe allows."""
     replaced = 0
-    for batch in batches:
-        replaced += len(batch.events)
-        if replaced > recipe.data.max_corrupt:
-            last = batch.events[-1]
-            raise DataError(
-                f"{replaced} corrupt samples on this rank, more than data.max_corrupt="
-                f"{recipe.data.max_corrupt}; the last: {last['reason']} (source {last['source']}, shard "
-                f"{last['shard']}, key {last['key']}, offset {last['offset']}): run `tubeworks data verify` "
-                "on the shards and restore what is damaged"
-            )
-        yield batch
+    with closing(batches):
+        for batch in batches:
+            replaced += len(batch.events)
+            if replaced > recipe.data.max_corrupt:
+                last = batch.events[-1]
+                raise DataError(
+                    f"{replaced} corrupt samples on this rank, more than data.max_corrupt="
+                    f"{recipe.data.max_corrupt}; the last: {last['reason']} (source {last['source']}, shard "
+                    f"{last['shard']}, key {last['key']}, offset {last['offset']}): run `tubeworks data "
+                    "verify` on the shards and restore what is damaged"
+                )
+            yield batch
 
 
 class _TrainingBatches:
@@ -203,7 +205,7 @@ def evaluation_batches(
     batch: int,
     workers: int,
     shuffle_frames: bool = False,
-) -> Iterator[EvalBatch]:
+) -> Generator[EvalBatch, None, None]:
     """Yield this rank's share of a source: every sample exactly once over all ranks.
 
     Every rank yields the same number of batches of the same size, so collective calls stay in step. An image

@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from typing import Any, TypeVar
@@ -37,7 +37,7 @@ class Failure:
 
 def in_order(
     make: Callable[[int], Item | Failure], count: int, workers: int, prefetch: int
-) -> Iterator[Item]:
+) -> Generator[Item, None, None]:
     """Yield make(0) … make(count - 1), made by forked workers that work ahead, or in this process.
 
     Errors:

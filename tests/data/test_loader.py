@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import resource
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +150,13 @@ def damaged(shards: Path, tmp_path: Path, flip_byte: Callable) -> Path:
     return folder
 
 
+@pytest.fixture(autouse=True)
+def no_worker_is_left_behind() -> Iterator[None]:
+    before = set(multiprocessing.active_children())
+    yield
+    assert set(multiprocessing.active_children()) <= before
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_corrupt_sample_stops_the_run_with_its_place(
     workers: int, damaged: Path, make_recipe: Callable
@@ -196,8 +204,9 @@ def test_good_samples_are_untouched_by_a_substitution(
     assert changed == 2
 
 
-def test_too_many_corrupt_samples_end_the_run(damaged: Path, make_recipe: Callable) -> None:
-    recipe = make_recipe(damaged, data={"on_corrupt": "substitute", "max_corrupt": 1})
+@pytest.mark.parametrize("workers", [0, 2])
+def test_too_many_corrupt_samples_end_the_run(workers: int, damaged: Path, make_recipe: Callable) -> None:
+    recipe = make_recipe(damaged, data={"on_corrupt": "substitute", "max_corrupt": 1, "workers": workers})
     with pytest.raises(
         DataError, match=r"2 corrupt samples .*data\.max_corrupt=1; the last: checksum .*moves/006"
     ):

@@ -126,7 +126,7 @@ def test_billion_samples_in_a_million_shards_need_little_time_and_memory() -> No
         assert 0 <= ids.index.min() <= ids.index.max() < 1_000_000_000
     seconds = (time.perf_counter() - started) / 200
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-    assert seconds < 0.02
+    assert seconds < 0.05
     assert grown < 512, f"{grown:.0f} MiB"
 
 
