@@ -123,8 +123,8 @@ def shard_mix(
         List[str],  # noqa: UP006
         typer.Option(
             "--input",
-            help="NAME=kinetics:videos=DIR,annotations=CSV,split=S or NAME=folder:input=DIR[,split=S];"
-            " both take classes=FILE.",
+            metavar="NAME=FORM:OPTION=VALUE,…",
+            help="One input, see above; may be given several times.",
         ),
     ],
     out: Out,
@@ -135,7 +135,12 @@ def shard_mix(
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
-    """Shard several inputs, videos and images, into one set of mixed shards."""
+    """Shard several inputs, videos and images, into one set of mixed shards.
+
+    An input is NAME=kinetics:videos=DIR,annotations=CSV,split=S or NAME=folder:input=DIR, with more
+    options after commas: classes=FILE for both; split=S and kind=image|video for a folder. DIR may be a tar
+    archive with a path in it, as in set.tar/train.
+    """
     from data_tools.mix import collect_input
 
     collections = [collect_input(text) for text in inputs]
@@ -217,10 +222,16 @@ def plan(
     from framework.data.listing import listing
     from framework.recipe import load_recipe
 
-    if rank >= world:
-        raise typer.BadParameter(f"rank {rank} of {world}: ranks count from 0")
-    rows = listing(load_recipe(recipe, overrides or []).recipe, step, world, rank)
-    _print_json(rows)
+    samples = listing(load_recipe(recipe, overrides or []).recipe, step, world, rank)
+    if as_json:
+        _print_json(samples)
+        return
+    typer.echo(f"step {step}, rank {rank} of {world}, plan {samples['plan']}")
+    for micro, sources in enumerate(samples["micro_batches"]):
+        for name, rows in sources.items():
+            typer.echo(f"micro-batch {micro}, {name}:")
+            for row in rows:
+                typer.echo(f"  epoch {row['epoch']}  {row['key']}")
 
 
 def _shard(

@@ -12,6 +12,7 @@ WebM) it is the duration, compared with the end of the last packet of any video 
 from __future__ import annotations
 
 import io
+import logging
 import math
 import warnings
 from dataclasses import dataclass, field
@@ -35,6 +36,7 @@ _TOLERANCE = 0.02
 _CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,mpegvideo,flv,asf,ogg"
 # Playlists and the like would make the demuxer open other files or addresses.
 _OPTIONS = {"format_whitelist": _CONTAINERS, "protocol_whitelist": "pipe"}
+logging.getLogger("PIL").setLevel(logging.CRITICAL)  # what is wrong with a file goes to the report
 _IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 _IMAGE_SUFFIXES = {
     "JPEG": "jpg",

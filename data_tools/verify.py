@@ -83,6 +83,7 @@ def verify(folder: Path, *, decode: bool = False, workers: int = 1) -> VerifyRep
     except DataError as error:
         return VerifyReport(str(folder), 0, 0, 0, decode, (Problem(MANIFEST_NAME, str(error)),))
     problems = list(_table_problems(manifest))
+    _open.cache_clear()
     tasks = [_Task(folder, shard, decode) for shard in range(len(manifest.shards))]
     with progress_bar("verifying", len(manifest)) as progress:
         for found in run_tasks(_verify_shard, tasks, workers, progress):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from random import Random
 
 import pytest
 from PIL import Image
 
 from data_tools.items import Unusable
 from data_tools.probe import MAX_IMAGE_PIXELS, probe
+from framework.data.manifest import Kind
 
 
 def test_a_video_is_described_by_what_decodes(make_video: Callable[..., bytes]) -> None:
@@ -119,3 +121,29 @@ def test_an_image_that_unpacks_to_too_much_is_refused_before_it_is_unpacked() ->
         Image.new("1", (width, height)).save(buffer, "PNG")
         with pytest.raises(Unusable, match="too large"):
             probe(buffer.getvalue(), "image", "png")
+
+
+@pytest.mark.parametrize("form", ["mp4", "matroska", "avi", "JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP"])
+def test_damage_of_any_kind_is_refused_or_decodes(
+    make_video: Callable[..., bytes], make_image: Callable[..., bytes], form: str
+) -> None:
+    """Random damage never ends in anything but a description or a reason."""
+    kind: Kind = "video" if form.islower() else "image"
+    data = make_video(8, container=form, codec="mpeg4") if kind == "video" else make_image(form=form)
+    random = Random(form)
+    refused = 0
+    for _ in range(60):
+        damaged = bytearray(data)
+        for _ in range(random.choice((1, 3, 20))):
+            damaged[random.randrange(min(len(data), random.choice((64, 10**9))))] = random.randrange(256)
+        if random.random() < 0.3:
+            del damaged[random.randrange(len(damaged)) :]
+        try:
+            media = probe(bytes(damaged), kind, "x")
+        except Unusable:
+            refused += 1
+        else:
+            assert media.frames > 0
+            assert media.width > 0
+            assert media.height > 0
+    assert refused > 5

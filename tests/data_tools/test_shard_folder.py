@@ -12,7 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from data_tools.items import Collection, Entry, MemberReader, inventory
 from framework.data.manifest import Manifest
 
 
@@ -282,3 +285,45 @@ def test_archives_that_cannot_be_read(
     done = tubeworks("shard", "folder", "--input", path, "--out", tmp_path / "shards")
     assert done.code == 3
     assert "cannot be read as an uncompressed tar archive" in done.stderr
+
+
+def test_held_out_folders_get_the_labels_of_the_training_shards(
+    tubeworks: Callable[..., Any],
+    class_folders: Callable[..., Path],
+    make_image: Callable[..., bytes],
+    tmp_path: Path,
+) -> None:
+    train = class_folders({f"{name}/1.jpg": make_image() for name in ("ant", "bee", "cat")}, "train")
+    held_out = class_folders({f"{name}/2.jpg": make_image(seed=1) for name in ("bee", "cat")}, "held_out")
+    common = ("shard", "folder", "--name", "pets", "--input")
+    assert tubeworks(*common, train, "--out", tmp_path / "a").code == 0
+    done = tubeworks(
+        *common, held_out, "--split", "val", "--classes", tmp_path / "a", "--out", tmp_path / "b"
+    )
+    assert done.code == 0
+    manifest = Manifest.open(tmp_path / "b")
+    assert manifest.datasets[0].classes == ("ant", "bee", "cat")
+    assert sorted(manifest.column("label").tolist()) == [1, 2]
+    class_folders({"dog/3.jpg": make_image(seed=2)}, "held_out")
+    done = tubeworks(*common, held_out, "--classes", tmp_path / "a", "--out", tmp_path / "c")
+    assert done.code == 3
+    assert "not in the list of classes: dog" in done.stderr
+
+
+names = st.text(st.characters(exclude_characters="/\0", exclude_categories=("Cs",)), min_size=1, max_size=120)
+
+
+@given(st.sets(st.tuples(names, names), min_size=1, max_size=20))
+def test_keys_are_safe_and_unique_whatever_files_are_called(files: set[tuple[str, str]]) -> None:
+    entries = [
+        Entry(f"{folder}/{name}", f"{folder}/{name}", folder, MemberReader("a.tar", 0, 0, 0))
+        for folder, name in sorted(files)
+    ]
+    classes = tuple(sorted({folder for folder, _ in files}))
+    found = inventory([Collection("set", "train", "image", classes, entries)])
+    keys = [item.key for item in found.items]
+    assert all(re.fullmatch(r"set/[A-Za-z0-9_-]{1,95}", key) for key in keys)
+    assert len({key.lower() for key in keys}) == len(files)
+    assert keys == sorted(keys)
+    for item in found.items:
+        assert item.class_name == found.datasets[0].classes[item.label]

@@ -166,6 +166,27 @@ def test_a_killed_run_leaves_no_shard_and_is_finished_by_the_same_command(
     assert contents(out) == contents(tmp_path / "undisturbed")
 
 
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks for processes in /proc")
+def test_an_interrupted_run_ends_soon_and_keeps_what_is_done(
+    class_folders: Callable[..., Path], make_image: Callable[..., bytes], tmp_path: Path
+) -> None:
+    picture = make_image((512, 512))
+    root = class_folders({f"cat/{i:04d}.jpg": picture for i in range(600)})
+    staging = tmp_path / "out.partial"
+    arguments = ["shard", "folder", "--input", str(root), "--shard-samples", "20", "--workers", "2"]
+    command = [sys.executable, "-m", "launch.cli", "data", *arguments, "--out", str(tmp_path / "out")]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    wait_until(lambda: list(staging.glob("*.done")) or process.poll() is not None)
+    workers = children_of(process.pid)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+    assert not (tmp_path / "out").exists()
+    assert list(staging.glob("*.done"))
+    wait_until(lambda: not any(map(running, workers)), 20)
+
+
 def leave_unfinished(
     out: Path, mixed: tuple[str, ...], limit: int = 20000
 ) -> subprocess.CompletedProcess[str]:
