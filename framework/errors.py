@@ -11,6 +11,7 @@ __all__ = [
     "CorruptSample",
     "DataError",
     "ModelError",
+    "PeerLost",
     "RecipeError",
     "TrainingStopped",
     "TubeworksError",
@@ -68,6 +69,12 @@ class CheckpointError(TubeworksError):
     """A checkpoint that cannot be written, does not verify, or does not fit the run."""
 
     exit_code = 4
+
+
+class PeerLost(TubeworksError):
+    """Another rank is gone in the middle of what all do together; its own output says why."""
+
+    exit_code = 6
 
 
 class TrainingStopped(TubeworksError):

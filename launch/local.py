@@ -6,23 +6,29 @@ ranks are started here as processes, watched together, and ended together.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from framework.errors import TubeworksError
+from framework.errors import PeerLost, TubeworksError
 from framework.world import World
 
-__all__ = ["free_port", "rank_environment", "run_ranks", "train_command"]
+__all__ = ["free_port", "rank_at_fault", "rank_environment", "run_ranks", "train_command"]
 
-GRACE_SECONDS = 30.0
-"""How long the other ranks may take to leave by themselves after one has failed."""
+GRACE_SECONDS = 10.0
+"""How long the other ranks may take to leave after one has died: they may wait for it in a collective."""
+
+TOGETHER_SECONDS = 90.0
+"""How long they may take after one has left by a decision of all: a signal, bad data, a full disk."""
+
+_SET_DEATH_SIGNAL = 1  # prctl's PR_SET_PDEATHSIG
 
 
 def train_command(recipe: str, overrides: Sequence[str], ranks: int | None, run: Path | None) -> int:
@@ -85,7 +91,7 @@ def run_ranks(arguments: Sequence[str], ranks: int, logs: Path) -> int:
     """Run `tubeworks ARGUMENTS` as `ranks` processes and return the exit code of the job.
 
     Rank 0 speaks on this terminal, the others write to `logs/rank-N.log`. Signals go to every rank. When one
-    fails, the others get a while to leave and are then killed.
+    fails, the others get a while to leave and are then killed; the code is that of the rank at fault.
 
     Errors:
         TubeworksError: the log folder cannot be made.
@@ -96,13 +102,13 @@ def run_ranks(arguments: Sequence[str], ranks: int, logs: Path) -> int:
         raise TubeworksError(f"cannot make {logs}: {error}. Choose another --run folder") from error
     command = [sys.executable, "-m", "launch.cli", *arguments]
     port = free_port()
-    processes = []
+    processes: list[subprocess.Popen[bytes]] = []
     handlers = _forward_signals(processes)
     try:
         for rank in range(ranks):
             world = World(rank, ranks, rank, ranks)
             processes.append(_start(command, rank_environment(world, port, os.environ), logs, rank))
-        failed = _wait(processes)
+        codes = _wait(processes)
     finally:
         for process in processes:
             if process.poll() is None:
@@ -110,32 +116,65 @@ def run_ranks(arguments: Sequence[str], ranks: int, logs: Path) -> int:
                 process.wait()
         for number, handler in handlers.items():
             signal.signal(number, handler)
+    failed = rank_at_fault(codes)
     if failed is None:
         return 0
-    if failed != 0:
-        _show_log(logs / f"rank-{failed}.log", failed, processes[failed].returncode)
-    code = processes[failed].returncode
+    code = codes[failed] or 0
+    _explain(failed, code, codes, logs / f"rank-{failed}.log")
     return code if code >= 0 else 128 - code
 
 
+def rank_at_fault(codes: Sequence[int | None]) -> int | None:
+    """The rank that made the job fail, by exit codes (None: was still running, and is killed); or None.
+
+    A rank that was killed comes first, then one that failed by itself, last those that only lost contact to
+    another; of equals the lowest.
+    """
+
+    def order(rank: int) -> tuple[int, int]:
+        code = codes[rank] or 0
+        return (0 if code < 0 else 2 if code == PeerLost.exit_code else 1, rank)
+
+    return min((rank for rank, code in enumerate(codes) if code), key=order, default=None)
+
+
 def _start(command: Sequence[str], env: Mapping[str, str], logs: Path, rank: int) -> subprocess.Popen[bytes]:
+    tied = _tie_to_launcher()
     if rank == 0:
-        return subprocess.Popen(command, env=env)
+        return subprocess.Popen(command, env=env, preexec_fn=tied)
     with (logs / f"rank-{rank}.log").open("ab") as log:
-        return subprocess.Popen(command, env=env, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+        return subprocess.Popen(
+            command, env=env, stdout=log, stderr=log, stdin=subprocess.DEVNULL, preexec_fn=tied
+        )
 
 
-def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> int | None:
-    """Wait for all; returns the rank that failed first (of those that fail together, the lowest), or None."""
+def _tie_to_launcher() -> Callable[[], None] | None:
+    """What a new rank runs first: if the launcher is killed, the kernel tells the rank to save and leave."""
+    if sys.platform != "linux":
+        return None
+    prctl, launcher = ctypes.CDLL(None).prctl, os.getpid()
+
+    def tie() -> None:
+        prctl(_SET_DEATH_SIGNAL, signal.SIGTERM)
+        if os.getppid() != launcher:
+            os._exit(128 + signal.SIGTERM)
+
+    return tie
+
+
+def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> list[int | None]:
+    """Wait for all, or for a while after the first failure; the exit codes, None for who still runs."""
     deadline: float | None = None
     while any(process.poll() is None for process in processes):
-        if deadline is None and any(process.poll() for process in processes):
-            deadline = time.monotonic() + GRACE_SECONDS
+        failures = [code for process in processes if (code := process.poll())]
+        if deadline is None and failures:
+            # What all ranks decide together they also leave together, however long rank 0 takes to tidy up.
+            together = any(1 < code != PeerLost.exit_code for code in failures)
+            deadline = time.monotonic() + (TOGETHER_SECONDS if together else GRACE_SECONDS)
         if deadline is not None and time.monotonic() > deadline:
             break
         time.sleep(0.05)
-    codes = [process.poll() for process in processes]
-    return next((rank for rank, code in enumerate(codes) if code), None)
+    return [process.poll() for process in processes]
 
 
 def _forward_signals(processes: Sequence[subprocess.Popen[bytes]]) -> dict[int, Any]:
@@ -154,11 +193,21 @@ def _forward_signals(processes: Sequence[subprocess.Popen[bytes]]) -> dict[int, 
     return handlers
 
 
-def _show_log(path: Path, rank: int, code: int) -> None:
-    """Put the last lines of a failed rank where the user looks."""
+def _explain(rank: int, code: int, codes: Sequence[int | None], log: Path) -> None:
+    """Say which rank failed, and put its last lines where the user looks (rank 0 has spoken already)."""
+    if code < 0:
+        name = signal.Signals(-code).name
+        advice = ": did the machine run out of memory?" if name == "SIGKILL" else ""
+        sys.stderr.write(f"rank {rank} was ended by {name}{advice}\n")
+    elif rank > 0:
+        sys.stderr.write(f"rank {rank} left with exit code {code}\n")
+    stuck = [str(other) for other, its in enumerate(codes) if its is None]
+    if stuck:
+        sys.stderr.write(f"ranks that did not leave by themselves and were killed: {', '.join(stuck)}\n")
+    if rank == 0:
+        return
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()[-15:]
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-15:]
     except OSError as error:
-        lines = [f"(cannot read {path}: {error})"]
-    sys.stderr.write(f"rank {rank} left with exit code {code}; the end of {path}:\n")
-    sys.stderr.write("".join(f"  {line}\n" for line in lines))
+        lines = [f"(cannot read it: {error})"]
+    sys.stderr.write("".join([f"the end of {log}:\n", *(f"  {line}\n" for line in lines)]))

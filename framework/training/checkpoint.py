@@ -14,7 +14,6 @@ what any other wrote.
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 from collections.abc import Callable, Iterable, Mapping
@@ -28,16 +27,16 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from framework.errors import CheckpointError
+from framework.training.checkpoint_manifest import (
+    checkpoint_folders,
+    folder_of,
+    read_manifest,
+    verify,
+    write_manifest,
+)
 from framework.training.distributed import Peers
 from framework.training.state import AVERAGE, WEIGHT, Fragment, TrainState
-from framework.training.storage import (
-    FileEntry,
-    explain_os_error,
-    hash_file,
-    sync_folder,
-    write_file,
-    write_json,
-)
+from framework.training.storage import FileEntry, explain_os_error, sync_folder, write_file
 
 __all__ = [
     "CheckpointReader",
@@ -46,26 +45,14 @@ __all__ = [
     "load_weights",
     "newest_valid",
     "prune",
+    "read_manifest",
     "save_checkpoint",
     "verify",
 ]
 
 log = logging.getLogger(__name__)
 
-FORMAT = "tubeworks-checkpoint"
-VERSION = 1
-MANIFEST = "MANIFEST.json"
 FIXED = "fixed.safetensors"
-
-
-def folder_of(run: Path, step: int) -> Path:
-    """Where the checkpoint of a step lies."""
-    return run / "checkpoints" / f"step-{step:08d}"
-
-
-def checkpoint_folders(run: Path) -> list[Path]:
-    """The committed checkpoints of a run, oldest first; whether they still verify is another question."""
-    return sorted(folder for folder in (run / "checkpoints").glob("step-*") if (folder / MANIFEST).is_file())
 
 
 # --- writing ---------------------------------------------------------------------------------------------
@@ -89,19 +76,13 @@ def save_checkpoint(
     """
     final = folder_of(run, step)
     temporary = final.with_name(f".saving-{final.name}")
-    failure = _attempt(lambda: _fresh_folder(temporary)) if peers.world.is_main else None
-    _agree(peers, failure)
-
-    files: list[FileEntry] = []
-    fragments: list[dict[str, Any]] = []
-    failure = _attempt(lambda: _write_share(temporary, model, state, peers, files, fragments))
-    _agree(peers, failure)
-    gathered = peers.gather((files, fragments))
-
-    def commit() -> None:
+    try:
+        _agree(peers, _attempt(lambda: _fresh_folder(temporary)) if peers.world.is_main else None)
+        files: list[FileEntry] = []
+        fragments: list[dict[str, Any]] = []
+        _agree(peers, _attempt(lambda: _write_share(temporary, model, state, peers, files, fragments)))
+        gathered = peers.gather((files, fragments))
         manifest = {
-            "format": FORMAT,
-            "version": VERSION,
             "step": step,
             "optimizer_steps": state.optimizer_steps(),
             "ranks": peers.world.size,
@@ -111,27 +92,39 @@ def save_checkpoint(
             "shapes": {name: list(_full_shape(p)) for name, p in model.named_parameters() if p.requires_grad},
             "fragments": [entry for _, share in gathered for entry in share],
         }
-        write_json(temporary / MANIFEST, manifest)
-        with explain_os_error(final):
-            if final.exists():  # the same step, saved by an attempt that did not get further
-                shutil.rmtree(final)
-            temporary.rename(final)
-            sync_folder(final.parent)
-
-    _agree(peers, _attempt(commit) if peers.world.is_main else None)
+        _agree(peers, _attempt(lambda: _commit(temporary, final, manifest)) if peers.world.is_main else None)
+    except CheckpointError:
+        if peers.world.is_main:  # give back the space: on a full disk the journal needs it
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
     return final
 
 
+def _commit(temporary: Path, final: Path, manifest: dict[str, Any]) -> None:
+    write_manifest(temporary, manifest)
+    with explain_os_error(final):
+        if final.exists():  # the same step, saved by an attempt that did not get further
+            shutil.rmtree(final)
+        temporary.rename(final)
+        sync_folder(final.parent)
+
+
 def prune(run: Path, keep: int, keep_every: int) -> list[Path]:
-    """Remove all but the newest `keep` and those at multiples of `keep_every`; returns what was removed."""
+    """Remove all but the newest `keep` and those at multiples of `keep_every`; returns what was removed.
+
+    Errors:
+        CheckpointError: a folder cannot be removed.
+    """
     removed = []
     for folder in checkpoint_folders(run)[:-keep]:
         step = int(folder.name.removeprefix("step-"))
         if keep_every and step % keep_every == 0:
             continue
-        # The manifest goes first: from then on the folder is no checkpoint, whatever happens.
-        (folder / MANIFEST).unlink()
-        shutil.rmtree(folder)
+        # Renamed first: from then on it is no checkpoint, whatever happens.
+        doomed = folder.with_name(f".removing-{folder.name}")
+        with explain_os_error(folder):
+            folder.rename(doomed)
+            shutil.rmtree(doomed)
         removed.append(folder)
     return removed
 
@@ -187,8 +180,9 @@ def _full_shape(parameter: nn.Parameter) -> torch.Size:
 def _fresh_folder(folder: Path) -> None:
     with explain_os_error(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        for leftover in folder.parent.glob(".saving-*"):  # of an attempt that was killed while saving
-            shutil.rmtree(leftover)
+        for pattern in (".saving-*", ".removing-*"):  # of attempts that were killed meanwhile
+            for leftover in folder.parent.glob(pattern):
+                shutil.rmtree(leftover)
         folder.mkdir()
 
 
@@ -279,45 +273,6 @@ class CheckpointReader:
         return self._open[name]
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint.
-
-    Errors:
-        CheckpointError: there is none, it cannot be parsed, or a later version wrote it.
-    """
-    path = folder / MANIFEST
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder} is not a checkpoint: cannot read {MANIFEST}: {error}") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise CheckpointError(f"{folder} is not a checkpoint: {MANIFEST} is of another kind")
-    if manifest["version"] > VERSION:
-        raise CheckpointError(
-            f"{folder} was written in format version {manifest['version']}, this tubeworks reads up to "
-            f"{VERSION}: upgrade it"
-        )
-    return manifest
-
-
-def verify(folder: Path) -> list[str]:
-    """What is wrong with a checkpoint: missing files, sizes, hashes; empty if it is whole."""
-    try:
-        manifest = read_manifest(folder)
-    except CheckpointError as error:
-        return [str(error)]
-    problems = []
-    for entry in manifest["files"]:
-        path = folder / entry["name"]
-        if not path.is_file():
-            problems.append(f"{entry['name']} is missing")
-        elif path.stat().st_size != entry["bytes"]:
-            problems.append(f"{entry['name']} has {path.stat().st_size} bytes instead of {entry['bytes']}")
-        elif hash_file(path) != entry["blake2b"]:
-            problems.append(f"{entry['name']} does not match its hash: its bytes have changed")
-    return problems
-
-
 def newest_valid(run: Path) -> Path:
     """The newest checkpoint of a run that verifies; changes nothing.
 
@@ -344,25 +299,24 @@ def choose_checkpoint(run: Path, peers: Peers) -> Path | None:
     Errors:
         CheckpointError: there are checkpoints, and all are damaged: training from scratch must be asked for.
     """
-    chosen: str | None = None
-    failure: str | None = None
-    if peers.world.is_main:
-        damaged = []
-        for folder in reversed(checkpoint_folders(run)):
-            problems = verify(folder)
-            if not problems:
-                chosen = str(folder)
-                break
-            damaged.append(_set_aside(folder, problems))
-        if damaged and chosen is None:
-            failure = (
-                f"every checkpoint of {run} is damaged; they were set aside as {', '.join(damaged)} with the "
-                "reasons in REASON.txt. Restore one, or start again in a new --run folder"
-            )
-    chosen, failure = peers.from_main((chosen, failure))
-    if failure:
-        raise CheckpointError(failure)
-    return Path(chosen) if chosen else None
+    return peers.on_main(lambda: _newest_whole(run))
+
+
+def _newest_whole(run: Path) -> Path | None:
+    """The newest checkpoint that verifies; newer ones are set aside."""
+    damaged = []
+    for folder in reversed(checkpoint_folders(run)):
+        problems = verify(folder)
+        if not problems:
+            return folder
+        damaged.append(_set_aside(folder, problems))
+    damaged += [folder.name for folder in (run / "checkpoints").glob("damaged-step-*") if not damaged]
+    if damaged:
+        raise CheckpointError(
+            f"every checkpoint of {run} is damaged; they were set aside as {', '.join(sorted(damaged))} with "
+            "the reasons in REASON.txt. Restore one, or start again in a new --run folder"
+        )
+    return None
 
 
 def _set_aside(folder: Path, problems: Iterable[str]) -> str:

@@ -12,10 +12,10 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 
-from framework.errors import TubeworksError
+from framework.errors import PeerLost, TubeworksError
 from framework.world import World
 
-__all__ = ["Peers", "choose_device", "start_process_group"]
+__all__ = ["Peers", "choose_device", "peer_lost", "start_process_group"]
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +61,16 @@ def start_process_group(world: World, device: torch.device) -> Peers:
     return Peers(world, group)
 
 
+def peer_lost(error: RuntimeError) -> PeerLost | None:
+    """What the failure of a collective means to the user; None for a failure of another kind."""
+    text = str(error)
+    # gloo has no exception class of its own, only its name in the text.
+    if not isinstance(error, dist.DistError) and "gloo" not in text.lower():
+        return None
+    first = text.strip().splitlines()[0] if text.strip() else type(error).__name__
+    return PeerLost(f"lost contact to another rank, whose own output says why ({first[:200]})")
+
+
 class Peers:
     """Agreement between ranks over a CPU group, so that it never waits for the device."""
 
@@ -102,11 +112,22 @@ class Peers:
             raise failure
         return cast(T, result)
 
+    def together(self, work: Callable[[], T]) -> T:
+        """Let every rank do something; if one cannot, all leave with its error."""
+        result: T | None = None
+        failure: TubeworksError | None = None
+        try:
+            result = work()
+        except TubeworksError as error:
+            failure = error
+        self.raise_first(failure)
+        return cast(T, result)
+
     def raise_first(self, failure: TubeworksError | None) -> None:
         """Raise on every rank the error of the lowest rank that has one."""
         for rank, error in enumerate(self.gather(failure)):
             if error is not None:
-                if self.world.size > 1:
+                if rank > 0:
                     log.error("rank %d stopped the run", rank)
                 raise error
 

@@ -31,7 +31,12 @@ def deepspeed_config(recipe: Recipe, world: World) -> dict[str, Any]:
         "contiguous_gradients": True,
     }
     if engine.zero == 3:
-        zero |= {"stage3_prefetch_bucket_size": bucket, "stage3_max_live_parameters": 4 * bucket}
+        zero |= {
+            "stage3_prefetch_bucket_size": bucket,
+            "stage3_max_live_parameters": 4 * bucket,
+            # The optimizer's step needs memory for one sub-group; DeepSpeed's default is the whole model.
+            "sub_group_size": 2 * bucket,
+        }
     if engine.offload != "none":
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     if engine.offload == "all":
@@ -51,7 +56,7 @@ def deepspeed_config(recipe: Recipe, world: World) -> dict[str, Any]:
     return config
 
 
-def start_engine(model: nn.Module, recipe: Recipe, world: World, device: torch.device) -> Any:
+def start_engine(model: nn.Module, recipe: Recipe, world: World) -> Any:
     """Hand the model and its optimizer to DeepSpeed; returns its engine.
 
     The model comes with its weights already set: ZeRO-3 partitions what is there, and every stage takes its
@@ -62,7 +67,7 @@ def start_engine(model: nn.Module, recipe: Recipe, world: World, device: torch.d
     if recipe.train.compile:
         for block in model.blocks:  # type: ignore[union-attr]
             block.compile()
-    optimizer = build_optimizer(model, recipe.optimizer, device)
+    optimizer = build_optimizer(model, recipe.optimizer)
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=optimizer, config=deepspeed_config(recipe, world), dist_init_required=False
     )

@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 
 from framework.data.loader import Batch, training_batches
-from framework.data.sources import build_plan, open_sources
-from framework.errors import TrainingStopped, TubeworksError
+from framework.data.plan import Plan
+from framework.data.sources import OpenSource, build_plan, open_sources
+from framework.errors import CheckpointError, TrainingStopped, TubeworksError
 from framework.models.registry import build_model, inputs_of
 from framework.recipe import recipe_hash
 from framework.recipe.schema import Recipe
@@ -23,16 +24,21 @@ from framework.training.held_out import evaluate_held_out
 from framework.training.meters import Meters
 from framework.training.optim import learning_rate
 from framework.training.recorder import Recorder
-from framework.training.run_folder import append_event, check_continuation, open_run
+from framework.training.run_folder import append_event, check_continuation, held_alone, open_run
 from framework.training.session import Session
 from framework.training.signals import SignalFlag
 from framework.training.state import TrainState
-from framework.training.step import micro_step, seed_step
+from framework.training.step import micro_step
 from framework.world import World
 
 __all__ = ["train"]
 
 log = logging.getLogger(__name__)
+
+LOWER_THE_RATE = (
+    "lower optimizer.lr or raise schedule.warmup. The run's last checkpoint is from before; a changed recipe "
+    "needs a new --run folder"
+)
 
 
 def train(recipe: Recipe, run: Path, world: World, signals: SignalFlag) -> int:
@@ -45,34 +51,35 @@ def train(recipe: Recipe, run: Path, world: World, signals: SignalFlag) -> int:
     """
     device = choose_device(world)
     peers = start_process_group(world, device)
-    session = prepare(recipe, run, device, peers, signals)
-    recorder = Recorder(session, peers.on_main(lambda: record_attempt(session)))
-    status: Status = "FAILED"
-    try:
-        stopped_by = run_steps(session, recorder)
-        if not stopped_by:
-            recorder.evaluated(recipe.train.steps, evaluate_held_out(session))
-        status = "KILLED" if stopped_by else "FINISHED"
-    finally:
-        recorder.close(status)
+    with held_alone(run, peers):
+        session = prepare(recipe, run, device, peers, signals)
+        recorder = Recorder(session, peers.on_main(lambda: record_attempt(session)))
+        status: Status = "FAILED"
+        try:
+            stopped_by = run_steps(session, recorder)
+            if not stopped_by:
+                recorder.evaluated(recipe.train.steps, evaluate_held_out(session))
+            status = "KILLED" if stopped_by else "FINISHED"
+        finally:
+            recorder.close(status)
     return stopped_by
 
 
 def prepare(recipe: Recipe, run: Path, device: torch.device, peers: Peers, signals: SignalFlag) -> Session:
     """Everything that can fail before the first step: data, plan, checkpoint, model, engine."""
-    sources = open_sources(recipe, "train")
-    plan = build_plan(recipe, sources)
-    plan.check(peers.world.size, recipe.train.accumulation)
-    peers.on_main(lambda: check_continuation(run, recipe))
+    sources, plan = peers.together(lambda: open_data(recipe, peers.world))
+    peers.on_main(lambda: check_continuation(run, recipe, plan.hash))
     checkpoint = choose_checkpoint(run, peers)
     reader = CheckpointReader(checkpoint) if checkpoint else None
+    if reader and reader.manifest["plan"] != plan.hash:
+        raise CheckpointError(f"{reader.folder} is of a run with other shards or another order of samples")
 
     torch.manual_seed(recipe.seed)
     model = build_model(recipe.model, inputs_of(recipe))
     model.activation_checkpointing = recipe.train.activation_checkpointing  # type: ignore[assignment]
     if reader:
         model.load_state_dict(reader.weights())
-    engine = start_engine(model, recipe, peers.world, device)
+    engine = start_engine(model, recipe, peers.world)
     state = TrainState(engine, recipe.train.ema_decay)
     if reader:
         state.restore(reader.read, reader.kinds, reader.manifest["optimizer_steps"])
@@ -80,9 +87,16 @@ def prepare(recipe: Recipe, run: Path, device: torch.device, peers: Peers, signa
     return Session(recipe, run, device, peers, signals, sources, plan, engine, state, start)
 
 
+def open_data(recipe: Recipe, world: World) -> tuple[dict[str, OpenSource], Plan]:
+    """The training shards and their plan, which fits the ranks."""
+    sources = open_sources(recipe, "train")
+    plan = build_plan(recipe, sources)
+    plan.check(world.size, recipe.train.accumulation)
+    return sources, plan
+
+
 def record_attempt(session: Session) -> int:
     """Write down that an attempt begins; returns its number."""
-    session.run.mkdir(parents=True, exist_ok=True)
     return open_run(session.run, session.recipe, session.peers.world, session.plan.hash, session.start)
 
 
@@ -106,19 +120,18 @@ def run_steps(session: Session, recorder: Recorder) -> int:
         for group in engine.optimizer.param_groups:
             group["lr"] = lr
         for batch in micro_batches:
-            seed_step(recipe.seed, step, batch.micro, peers.world.rank)
             engine.backward(micro_step(engine, batch, schemas, session.device, meters))
             engine.step()
         finish_step(session, step)
 
         done = step + 1
         meters.step_done(waited, (batch.seconds for batch in micro_batches))
-        if done % recipe.train.log_every == 0 or done == steps:
+        stop = peers.highest([session.signals.received])[0]
+        if done % recipe.train.log_every == 0 or done == steps or stop:
             metrics = meters.collect(peers, weights) | optimizer_metrics(session, lr)
             recorder.log(done, metrics)
             stop_if_not_finite(metrics, done)
             meters.reset()
-        stop = peers.highest([session.signals.received])[0]
         if done % recipe.checkpoint.every == 0 or done == steps or stop:
             save(session, done, recorder)
         if recipe.train.eval_every and done % recipe.train.eval_every == 0 and done < steps and not stop:
@@ -151,8 +164,9 @@ def finish_step(session: Session, step: int) -> None:
     log.warning(
         "step %d was not applied: its gradients are not finite (%d skipped so far)", step + 1, session.skipped
     )
-    if session.peers.world.is_main:
-        append_event(session.run, "skipped", step + 1, reason="gradients are not finite")
+    session.peers.on_main(
+        lambda: append_event(session.run, "skipped", step + 1, reason="gradients are not finite")
+    )
 
 
 def optimizer_metrics(session: Session, lr: float) -> dict[str, float]:
@@ -168,15 +182,21 @@ def stop_if_not_finite(metrics: dict[str, float], step: int) -> None:
     """End a run whose loss is NaN or infinite; every rank sees the same number."""
     loss = metrics["train/loss"]
     if not torch.isfinite(torch.tensor(loss)):
-        raise TrainingStopped(
-            f"the loss at step {step} is {loss}: lower optimizer.lr or raise schedule.warmup. The run's last "
-            "checkpoint is from before; a changed recipe needs a new --run folder"
-        )
+        raise TrainingStopped(f"the loss at step {step} is {loss}: {LOWER_THE_RATE}")
 
 
 def save(session: Session, step: int, recorder: Recorder) -> None:
-    """Commit a checkpoint and let go of those that retention does not keep."""
+    """Commit a checkpoint and let go of those that retention does not keep.
+
+    Errors:
+        TrainingStopped: there is a NaN or Inf in what would be saved; nothing would come of going on from it.
+        CheckpointError: a rank could not write.
+    """
     began = time.perf_counter()
+    if session.peers.highest([not session.state.is_finite()])[0]:
+        raise TrainingStopped(
+            f"weights or moments are not finite after step {step}, so they are not saved: {LOWER_THE_RATE}"
+        )
     facts = {
         "recipe": recipe_hash(session.recipe),
         "plan": session.plan.hash,

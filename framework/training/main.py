@@ -25,10 +25,16 @@ def train_rank(recipe: Recipe, run: Path, world: World) -> int:
             handler.setFormatter(logging.Formatter(f"rank {world.rank} %(levelname)s: %(message)s"))
     import torch.distributed as dist
 
+    from framework.training.distributed import peer_lost
     from framework.training.loop import train
 
     try:
         stopped_by = train(recipe, run, world, signals)
+    except RuntimeError as error:
+        lost = peer_lost(error)
+        if lost is None:
+            raise
+        raise lost from error
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

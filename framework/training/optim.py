@@ -37,11 +37,11 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, ob
     return [group for group in groups if group["params"]]
 
 
-def build_optimizer(model: nn.Module, settings: Optimizer, device: torch.device) -> torch.optim.Optimizer:
+def build_optimizer(model: nn.Module, settings: Optimizer) -> torch.optim.Optimizer:
     """The optimizer of the recipe over the model's trainable parameters."""
     groups: Iterable[dict[str, object]] = parameter_groups(model, settings.weight_decay)
     if settings.name == "sgd":
         return torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum)
     kind = torch.optim.AdamW if settings.name == "adamw" else torch.optim.Adam
-    fused = device.type == "cuda"
-    return kind(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=fused)
+    # Fused on CPUs too: the plain loop makes two copies of every flat tensor in each step.
+    return kind(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from framework.data.loader import Batch
+from framework.errors import TubeworksError
 from framework.evaluation.run import SourceResult
 from framework.recipe import recipe_hash
 from framework.tracking import Journal, MlflowMirror, RunInfo
@@ -18,6 +20,11 @@ from framework.training.session import Session
 
 __all__ = ["Recorder"]
 
+log = logging.getLogger(__name__)
+
+CLOSE_SECONDS: dict[Status, float] = {"FINISHED": 60.0, "KILLED": 15.0, "FAILED": 15.0}
+"""How long MLflow may take at the end; schedulers kill about 30 seconds after their signal."""
+
 
 class Recorder:
     """Writes down what happens; only rank 0 does, the others pass by."""
@@ -28,7 +35,6 @@ class Recorder:
         self._began = time.perf_counter()
         self._main = world.is_main
         self._line = LiveLine(recipe.train.steps, shown=self._main)
-        self._corrupt = 0
         if not self._main:
             return
         self._journal = Journal(session.run, attempt, session.start)
@@ -51,35 +57,38 @@ class Recorder:
         """A step has its data: picture the first batch, write down the replaced samples of every rank."""
         events = [event for batch in micro_batches for event in batch.events]
         if self._main and step == self._session.start and micro_batches:
-            batch_sheet(self._session.run, step, micro_batches[0], self._session.sources)
+            try:
+                batch_sheet(self._session.run, step, micro_batches[0], self._session.sources)
+            except OSError as error:
+                log.warning("the picture of the first batch could not be written: %s", error)
         if self._session.recipe.data.on_corrupt == "substitute":
             self._replaced(step, events)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """A logging point."""
+        self._write(step, metrics)
         if not self._main:
             return
-        self._journal.write(step, metrics)
         done = step - self._session.start
         pace = (time.perf_counter() - self._began) / max(1, done)
         self._line.show(step, metrics, pace * (self._session.recipe.train.steps - step))
 
     def saved(self, step: int, folder: Path, seconds: float) -> None:
         """A checkpoint was committed."""
-        if self._main:
-            self._journal.write(step, {"checkpoint/save_s": seconds})
-            append_event(self._session.run, "checkpoint", step, folder=folder.name, seconds=round(seconds, 3))
+        self._write(step, {"checkpoint/save_s": seconds})
+        facts = {"folder": folder.name, "seconds": round(seconds, 3)}
+        self._session.peers.on_main(lambda: append_event(self._session.run, "checkpoint", step, **facts))
 
     def evaluated(self, step: int, results: Mapping[str, SourceResult]) -> None:
         """The held-out samples were evaluated."""
-        if not self._main or not results:
+        if not results:
             return
         metrics = {
             f"eval/{name}/{key}": value
             for name, result in results.items()
             for key, value in result.metrics().items()
         }
-        self._journal.write(step, metrics)
+        self._write(step, metrics)
         for name, result in results.items():
             self._line.say(
                 f"held out after step {step}: {name} top-1 {result.top1:.1%}, top-5 {result.top5:.1%} "
@@ -92,12 +101,26 @@ class Recorder:
         if not self._main:
             return
         self._line.say(f"{status.lower()} after {format_seconds(time.perf_counter() - self._began)}")
-        self._journal.close()
-        self._mirror.close(status)
+        try:
+            self._journal.close()
+        except TubeworksError as error:
+            if status != "FAILED":  # then the reason of the failure is on its way, and must not be replaced
+                raise
+            log.warning("%s", error)
+        finally:
+            self._mirror.close(status, CLOSE_SECONDS[status])
+
+    def _write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Write to the journal; if rank 0 cannot, all ranks leave with its error."""
+        self._session.peers.on_main(lambda: self._journal.write(step, metrics))
 
     def _replaced(self, step: int, events: list[dict[str, object]]) -> None:
-        for share in self._session.peers.gather(events):
-            for event in share:
-                self._corrupt += 1
-                if self._main:
-                    append_event(self._session.run, "replaced", step, **event)
+        peers = self._session.peers
+        replaced = [event for share in peers.gather(events) for event in share]
+
+        def write() -> None:
+            for event in replaced:
+                append_event(self._session.run, "replaced", step, **event)
+
+        if replaced:
+            peers.on_main(write)

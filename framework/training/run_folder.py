@@ -12,16 +12,29 @@ from __future__ import annotations
 import json
 import platform
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from framework.errors import RecipeError, TubeworksError
 from framework.recipe import dump_yaml, load_recipe, recipe_hash
 from framework.recipe.schema import Recipe
-from framework.training.storage import explain_os_error, write_json
+from framework.tracking.lock import RunLock
+from framework.training.distributed import Peers
+from framework.training.storage import explain_os_error, write_json, write_text
 from framework.world import World
 
-__all__ = ["MAY_CHANGE", "append_event", "check_continuation", "differences", "open_run", "read_run"]
+__all__ = [
+    "MAY_CHANGE",
+    "append_event",
+    "check_continuation",
+    "differences",
+    "held_alone",
+    "open_run",
+    "read_run",
+    "take_alone",
+]
 
 VERSION = 1
 
@@ -51,18 +64,12 @@ MAY_CHANGE = (
 
 
 def open_run(run: Path, recipe: Recipe, world: World, plan_hash: str, start_step: int) -> int:
-    """Prepare the run folder for this attempt (rank 0 only); returns the attempt's number, from 0.
+    """Write down that an attempt begins (rank 0 only); returns the attempt's number, from 0.
 
     Errors:
         CheckpointError: the folder cannot be written.
-        RecipeError: the folder's run is of another recipe or another plan.
     """
     state = read_run(run) or {"version": VERSION, "name": recipe.name, "plan": plan_hash, "attempts": []}
-    if state["plan"] != plan_hash:
-        raise RecipeError(
-            f"{run} was trained with plan {state['plan']}, this recipe and these shards make {plan_hash}: "
-            "the order of the samples would change. Take the shards that it started with, or a new --run"
-        )
     attempt = len(state["attempts"])
     state["recipe"] = recipe_hash(recipe)
     state["attempts"].append(
@@ -74,8 +81,7 @@ def open_run(run: Path, recipe: Recipe, world: World, plan_hash: str, start_step
             "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
     )
-    with explain_os_error(run / "recipe.yaml"):
-        (run / "recipe.yaml").write_text(dump_yaml(recipe), encoding="utf-8")
+    write_text(run / "recipe.yaml", dump_yaml(recipe))
     write_json(run / "run.json", state)
     return attempt
 
@@ -101,8 +107,43 @@ def read_run(run: Path) -> dict[str, Any] | None:
     return state
 
 
-def check_continuation(run: Path, recipe: Recipe) -> None:
-    """Make sure that the recipe may go on with the run that lies in the folder.
+@contextmanager
+def held_alone(run: Path, peers: Peers) -> Iterator[None]:
+    """Make the run folder, and keep other trainings out of it as long as this one lives.
+
+    Errors:
+        TubeworksError: another training works in the folder.
+        CheckpointError: the folder cannot be made.
+    """
+    lock = RunLock(run, ".training.lock")
+    peers.on_main(lambda: take_alone(run, lock))
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def take_alone(run: Path, lock: RunLock) -> None:
+    """Take the lock of a run folder; the system gives it back when its process ends, however that ends.
+
+    Errors:
+        TubeworksError: another process holds it.
+        CheckpointError: the folder cannot be made or written.
+    """
+    with explain_os_error(run):
+        run.mkdir(parents=True, exist_ok=True)
+    with explain_os_error(lock.path):
+        taken = lock.acquire()
+    if not taken:
+        attempts = (read_run(run) or {}).get("attempts") or [{}]
+        since = "on {host} since {started}".format(**{"host": "?", "started": "?", **attempts[-1]})
+        raise TubeworksError(
+            f"another training works in {run} ({since}): wait for it, stop it, or choose another --run folder"
+        )
+
+
+def check_continuation(run: Path, recipe: Recipe, plan_hash: str) -> None:
+    """Make sure that the recipe and its shards may go on with the run that lies in the folder.
 
     Errors:
         RecipeError: something that shapes the experiment differs; every difference is listed.
@@ -117,6 +158,12 @@ def check_continuation(run: Path, recipe: Recipe) -> None:
             f"{run} holds a run of another experiment:\n  {listing}\n"
             "Undo the change, or start a new run with --run NEW_FOLDER. "
             f"Only these may change between attempts: {', '.join(MAY_CHANGE)}"
+        )
+    state = read_run(run)
+    if state and state["plan"] != plan_hash:
+        raise RecipeError(
+            f"{run} was trained with plan {state['plan']}, this recipe and these shards make {plan_hash}: "
+            "the order of the samples would change. Take the shards that it started with, or a new --run"
         )
 
 

@@ -57,6 +57,14 @@ class TrainState:
         for flat, average in zip(self.flats, self._averages, strict=False):  # no averages without a decay
             average.lerp_(flat.tensor.detach(), self._share)
 
+    def is_finite(self) -> bool:
+        """Whether no weight, average or moment of this rank is NaN or infinite."""
+        return all(
+            bool(torch.isfinite(self._of_kind(kind, index)).all())
+            for kind in self.kinds
+            for index in range(len(self.flats))
+        )
+
     @property
     def kinds(self) -> list[str]:
         """What is saved of each parameter: weight, average where one is kept, and the moments' names."""
@@ -101,7 +109,9 @@ class TrainState:
             return self.flats[index].tensor
         if kind == AVERAGE:
             return self._averages[index]
-        return self._moments(self.flats[index])[kind]
+        tensor = self._moments(self.flats[index]).get(kind)
+        # Without ZeRO the optimizer has nothing on a head whose source is not in the mixture.
+        return torch.zeros_like(self.flats[index].tensor) if tensor is None else tensor
 
     def _moments(self, flat: Flat) -> dict[str, Tensor]:
         state = self._optimizer.state.get(flat.tensor, {})
@@ -115,6 +125,8 @@ class TrainState:
         """Make the entries that the optimizer would make lazily in its first step."""
         names = sorted(kinds - {WEIGHT, AVERAGE})
         moments: dict[str, Any] = {name: torch.zeros_like(flat.tensor) for name in names}
+        if not moments:  # plain SGD, or no step was ever applied
+            return moments
         if isinstance(self._optimizer, torch.optim.Adam):  # AdamW is an Adam
             fused = bool(self._optimizer.defaults.get("fused"))
             device = flat.tensor.device if fused else torch.device("cpu")
@@ -122,7 +134,7 @@ class TrainState:
                 "step": torch.tensor(float(steps), device=device),
                 **moments,
             }
-        elif moments:
+        else:
             self._optimizer.state[flat.tensor] = dict(moments)
         return moments
 

@@ -9,17 +9,11 @@ import torch
 from torch import Tensor
 
 from framework.data.loader import Batch
-from framework.data.randomness import sample_seed
 from framework.recipe.schema import Source
 from framework.training.losses import cross_entropy, draw_mixing, mix_pixels
 from framework.training.meters import Meters
 
-__all__ = ["micro_step", "seed_step"]
-
-
-def seed_step(seed: int, step: int, micro: int, rank: int) -> None:
-    """Seed dropout for one micro-batch, so that a resumed run draws the same; nothing else draws here."""
-    torch.manual_seed(int(sample_seed(seed, "dropout", step, micro, rank)) & (2**63 - 1))
+__all__ = ["micro_step"]
 
 
 def micro_step(

@@ -17,7 +17,15 @@ from typing import Any
 
 from framework.errors import CheckpointError
 
-__all__ = ["FileEntry", "explain_os_error", "hash_file", "sync_folder", "write_file", "write_json"]
+__all__ = [
+    "FileEntry",
+    "explain_os_error",
+    "hash_file",
+    "sync_folder",
+    "write_file",
+    "write_json",
+    "write_text",
+]
 
 FileEntry = dict[str, Any]
 """`{"name", "bytes", "blake2b"}` of a file inside a checkpoint."""
@@ -57,7 +65,12 @@ def write_file(path: Path, write: Callable[[Path], None]) -> FileEntry:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Replace a JSON file atomically: after a crash there is the old one or the new one, never a part.
+    """Replace a JSON file atomically, as `write_text` does."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a text file atomically: after a crash there is the old one or the new one, never a part.
 
     Errors:
         CheckpointError: the disk is full, the folder is not writable, the device fails.
@@ -65,8 +78,7 @@ def write_json(path: Path, value: Any) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     with explain_os_error(path):
         with temporary.open("w", encoding="utf-8") as file:
-            json.dump(value, file, indent=1, ensure_ascii=False)
-            file.write("\n")
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -101,6 +113,8 @@ def _advice(path: Path, number: int | None, text: str) -> str:
             f"cannot write {path}: {text}. Give the user of this job write permission there, or choose "
             "another --run folder"
         )
+    if number in (errno.EEXIST, errno.ENOTDIR):
+        return f"cannot write {path}: {text}. Remove what is in its place, or choose another --run folder"
     return f"cannot write {path}: {text}"
 
 
