@@ -88,6 +88,14 @@ def assert_equals_convolution(tubes: tuple[Tube, ...], clip: Tensor, width: int)
     torch.testing.assert_close(tokenizer([clip]), expected.flatten(0, 1), atol=1e-5, rtol=1e-5)
 
 
+def test_tokens_of_all_tubes_start_at_one_scale() -> None:
+    torch.manual_seed(0)
+    tokenizer, clip = TubeTokenizer(PAPER_TUBES, 192, positions=False), torch.randn(1, 3, 32, 224, 224)
+    parts = tokenizer([clip]).split([grid.tokens for grid in grids_of(PAPER_TUBES, (32, 224, 224))])
+    scales = torch.stack([part.std() for part in parts])
+    assert (scales / scales.mean() - 1).abs().max() < 0.05
+
+
 def test_weights_have_the_shape_of_convolutions() -> None:
     state = TubeTokenizer(PAPER_TUBES, 1280).state_dict()
     assert {name: tuple(value.shape) for name, value in state.items()} == {
