@@ -202,6 +202,40 @@ def recipe_list(as_json: AsJson = False) -> None:
         typer.echo(f"{name:<{width}}  {description}".rstrip())
 
 
+@checkpoint_app.command("list")
+def checkpoint_list(run: Run, as_json: AsJson = False) -> None:
+    """List the checkpoints of a run, oldest first."""
+    from launch.checkpoints import list_checkpoints
+
+    list_checkpoints(run, as_json)
+
+
+@checkpoint_app.command("verify")
+def checkpoint_verify(run: Run, as_json: AsJson = False) -> None:
+    """Compare every byte of the checkpoints with their manifests."""
+    from launch.checkpoints import verify_checkpoints
+
+    verify_checkpoints(run, as_json)
+
+
+@checkpoint_app.command("prune")
+def checkpoint_prune(
+    run: Run,
+    keep: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=1, help="The newest so many stay; by default what the recipe says."),
+    ] = None,
+    keep_every: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=0, help="Multiples of this step stay too; by default what the recipe says."),
+    ] = None,
+) -> None:
+    """Remove old checkpoints."""
+    from launch.checkpoints import prune_checkpoints
+
+    prune_checkpoints(run, keep, keep_every)
+
+
 def main() -> None:
     """Run the command line; leaves the process with the exit code."""
     app()
