@@ -69,8 +69,9 @@ class SyncReport:
 class MlflowMirror:
     """Mirrors a run folder to MLflow in the background; no server makes a method raise, or wait for long.
 
-    `close` waits at most `timeout` seconds for the last lines to be sent. A training that ends without it
-    (killed) is seen by the mirror, which sends what there is and sets the status KILLED.
+    `close` waits at most `timeout` seconds for the last lines to be sent: by default 60, or 15 after a
+    signal, when a scheduler counts the seconds. A training that ends without it (killed) is seen by the
+    mirror, which sends what there is and sets the status KILLED.
     """
 
     def __init__(self, run: Path, recipe: Recipe, info: RunInfo, poll_seconds: float = 2.0) -> None:
@@ -96,12 +97,13 @@ class MlflowMirror:
         self._reader = threading.Thread(target=_relay, args=(self._process.stdout,), daemon=True)
         self._reader.start()
 
-    def close(self, status: Status, timeout: float = 60.0) -> bool:
+    def close(self, status: Status, timeout: float | None = None) -> bool:
         """Send the rest, set the run's status and end the mirror; whether MLflow has everything."""
         process, self._process = self._process, None
         if process is None:
             return not self.enabled
-        code = _end_worker(process, status, timeout)
+        seconds = timeout if timeout is not None else 15.0 if status == "KILLED" else 60.0
+        code = _end_worker(process, status, seconds)
         if self._reader is not None:
             self._reader.join(5.0)
         state = load_state(self.run)
@@ -134,13 +136,13 @@ class MlflowMirror:
 def settings_of(run: Path, recipe: Recipe, info: RunInfo) -> Settings:
     """What MLflow is told about a run; by default in `mlflow.db` and `mlartifacts` beside the run folder."""
     run = Path(run).resolve()
-    local = recipe.tracking.uri is None
+    uri, artifact_root = (recipe.tracking.uri, None) if recipe.tracking.uri else _local_store(run)
     return Settings(
         run=str(run),
         name=recipe.name if run.name == recipe.name else f"{recipe.name} ({run.name})",
-        uri=recipe.tracking.uri or f"sqlite:///{run.parent / 'mlflow.db'}",
+        uri=uri,
         experiment=recipe.tracking.experiment,
-        artifact_root=(run.parent / "mlartifacts").as_uri() if local else None,
+        artifact_root=artifact_root,
         attempt=info.attempt,
         params=flatten(recipe.model_dump(mode="json", exclude={"description", "published", "tracking"})),
         tags=_tags(recipe, info),
@@ -190,15 +192,22 @@ def _kept_settings(run: Path) -> Settings:
     """The settings of the last attempt; the address with its password is only in the recipe."""
     from framework.recipe import load_recipe
 
-    path = run / "tracking.json"
-    if not path.is_file():
-        recipe = load_recipe(str(run / "recipe.yaml")).recipe
-        return settings_of(run, recipe, RunInfo(git={}, host=""))
-    kept = Settings(**json.loads(path.read_text()))
-    kept = replace(kept, run=str(run))
+    try:
+        kept = replace(Settings.from_json((run / "tracking.json").read_text()), run=str(run))
+    except (OSError, ValueError, TypeError) as error:  # never written, damaged, or by another version
+        logger.debug("settings from the recipe: %s", error)
+        return settings_of(run, load_recipe(str(run / "recipe.yaml")).recipe, RunInfo(git={}, host=""))
+    if kept.artifact_root is not None:  # the local store moves with the folder that holds it and the runs
+        uri, artifact_root = _local_store(run)
+        return replace(kept, uri=uri, artifact_root=artifact_root)
     if "***@" in kept.uri:
-        kept = replace(kept, uri=load_recipe(str(run / "recipe.yaml")).recipe.tracking.uri or kept.uri)
+        return replace(kept, uri=load_recipe(str(run / "recipe.yaml")).recipe.tracking.uri or kept.uri)
     return kept
+
+
+def _local_store(run: Path) -> tuple[str, str]:
+    """Addresses of the database and of the artifacts beside the run folder."""
+    return f"sqlite:///{run.parent / 'mlflow.db'}", (run.parent / "mlartifacts").as_uri()
 
 
 def _tags(recipe: Recipe, info: RunInfo) -> dict[str, str]:

@@ -141,11 +141,11 @@ def batches(lines: list[bytes], offset: int) -> Iterator[Batch]:
 
 
 def points_of(entry: Entry) -> list[tuple[str, float, int, int]]:
-    """The points of a line: finite metrics, how many are not finite, and the attempt beside training ones."""
+    """The points of a line: finite metrics, how many are not finite, and which attempt if not the first."""
     metrics = {name: value for name, value in entry.metrics.items() if value is not None}
     if entry.nonfinite:
         metrics["train/nonfinite"] = float(len(entry.nonfinite))
-    if any(name.startswith("train/") for name in metrics):
+    if entry.attempt > 0 and any(name.startswith("train/") for name in metrics):
         metrics["train/attempt"] = float(entry.attempt)
     milliseconds = int(entry.time * 1000)
     return [(safe_name(name), value, milliseconds, entry.step) for name, value in metrics.items()]
@@ -230,6 +230,7 @@ class Sender:
                     run_id,
                     metrics=[Metric(name, value, time, step) for name, value, time, step in batch.points],
                     tags=[RunTag(key, value) for key, value in tags.items()],
+                    synchronous=True,  # whatever the user's environment says of asynchronous logging
                 )
                 sent += len(batch.points)
                 if batch.offset is not None:
@@ -336,6 +337,7 @@ class Sender:
             run.info.run_id,
             params=[Param(name, value) for name, value in new.items()],
             tags=[RunTag(name, value[:5000]) for name, value in tags.items()],
+            synchronous=True,
         )
         if self.settings.datasets:
             client.log_inputs(run.info.run_id, datasets=_dataset_inputs(self.settings.datasets))

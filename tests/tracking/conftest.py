@@ -133,7 +133,7 @@ def points_in() -> Callable[[Path], dict[str, list[tuple[int, int, float]]]]:
             values = {name.replace("@", "_"): v for name, v in line["metrics"].items() if v is not None}
             if "nonfinite" in line:
                 values["train/nonfinite"] = len(line["nonfinite"])
-            if any(name.startswith("train/") for name in values):
+            if line["attempt"] and any(name.startswith("train/") for name in values):
                 values["train/attempt"] = line["attempt"]
             for name, value in values.items():
                 points.setdefault(name, []).append((line["step"], time, value))

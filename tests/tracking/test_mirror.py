@@ -171,7 +171,7 @@ def test_numbers_that_are_not_finite_are_counted_and_named(runs: Path, recipe_fo
     (run / "recipe.yaml").write_text(dump_yaml(recipe_for()))
     sync_run(run)
     data = mlflow_run(run).data
-    assert data.metrics == {"train/nonfinite": 2.0, "train/lr": 0.1, "train/attempt": 0.0}
+    assert data.metrics == {"train/nonfinite": 2.0, "train/lr": 0.1}
     assert data.tags["train.nonfinite"] == "step 3: train/loss, train/gradient"
 
 
@@ -207,6 +207,34 @@ def test_a_lost_database_is_filled_again(
     report = sync_run(run)
     assert report.run_id != before
     assert points_of_mlflow(store(run), report.run_id) == points_in(run)
+
+
+def test_a_moved_folder_takes_its_store_along(
+    runs: Path, recipe_for: MakeRecipe, points_in: Points, points_of_mlflow: Points
+) -> None:
+    (runs / "before").mkdir()
+    (runs / "mlflow.db").rename(runs / "before" / "mlflow.db")
+    assert train(runs / "before" / "run", recipe_for(), RunInfo(git={}), range(5))
+    (runs / "before").rename(runs / "after")
+    run = runs / "after" / "run"
+    with Journal(run, 0) as journal:
+        journal.write(9, {"eval/top_1": 0.5})
+    report = sync_run(run)
+    assert report.points == 1
+    assert points_of_mlflow(store(run), report.run_id) == points_in(run)
+
+
+def test_the_command_says_what_was_sent(runs: Path, recipe_for: MakeRecipe) -> None:
+    run = runs / "run"
+    with Journal(run, 0) as journal:
+        journal.write(1, {"train/loss": 1.0})
+    (run / "recipe.yaml").write_text(dump_yaml(recipe_for()))
+    command = [sys.executable, "-m", "launch.cli", "sync"]
+    done = subprocess.run([*command, str(run)], capture_output=True, text=True, check=True)
+    assert f"sent 1 points and 1 files of {run}" in done.stdout
+    refused = subprocess.run([*command, str(runs)], capture_output=True, text=True, check=False)
+    assert refused.returncode == 1
+    assert "not the folder of a run" in refused.stderr
 
 
 def test_syncing_a_run_that_is_being_sent_is_refused(runs: Path, recipe_for: MakeRecipe) -> None:
@@ -249,7 +277,7 @@ def test_a_mirror_that_dies_is_reported_and_costs_nothing(
     assert mirror.close("FAILED", timeout=30) is False
     assert f"tubeworks sync {run}" in caplog.text
     (run / "recipe.yaml").write_text(dump_yaml(recipe_for()))
-    assert sync_run(run).points == 2
+    assert sync_run(run).points == 1
     assert mlflow_run(run).info.status == "FAILED"
 
 
