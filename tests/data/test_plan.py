@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import resource
 import time
 
@@ -90,6 +91,13 @@ def test_seed_epoch_and_source_change_the_order() -> None:
     assert not np.array_equal(first, second)
     assert not np.array_equal(first, order_of(make_plan(sizes, count, seed=1), 100)[1])
     assert not np.array_equal(first, order_of(make_plan(sizes, count, name="b"), 100, "b")[1])
+
+
+def test_a_small_source_meets_other_samples_each_epoch() -> None:
+    """With one shard and two samples a lane, fixed lanes would never let two lane-mates meet in a step."""
+    index = order_of(make_plan([16], 8), 120)[1].reshape(120, 8)
+    together = {frozenset(pair) for row in index.tolist() for pair in itertools.combinations(row, 2)}
+    assert len(together) == 16 * 15 // 2
 
 
 def test_a_step_mixes_shards_and_a_lane_reads_them_in_order() -> None:
