@@ -171,6 +171,7 @@ def report(clips: int) -> str:
         "",
         "`python -m benchmarks.decode`: 10 s clips at 340x256, 30 frames a second; one process, one thread.",
         f"{machine()}, PyAV {av.__version__}, torch {torch.__version__}.",
+        f"Load average at the start: {os.getloadavg()[0]:.1f}.",
         "",
         "A training sample is 32 frames with stride 2, a random crop resized to 224x224, and a flip; stages",
         "are shares of its time. The last column: with RandAugment (2 layers, magnitude 10) besides.",
