@@ -5,9 +5,9 @@ manifest counted. Display matrices (a rotation stored beside the frames) are not
 and height describe the pixels as stored.
 
 PyAV decodes. With the packets' times known it starts at the nearest key frame and passes over frames that
-nothing refers to and nobody wants, which makes it faster than torchcodec where there are B frames and about equal
-elsewhere (`benchmarks/results/decode.md`), and it gives the same pixels on every machine. torchcodec stays as
-the second backend, the independent witness that tests and benchmarks compare with.
+nothing refers to and nobody wants, which makes it faster than torchcodec where there are B frames and about
+equal elsewhere (`benchmarks/results/decode.md`), and it gives the same pixels on every machine. torchcodec
+stays as the second backend, the independent witness that tests and benchmarks compare with.
 """
 
 from __future__ import annotations
