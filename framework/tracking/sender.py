@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import tempfile
 import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -248,7 +249,7 @@ class Sender:
             if self.state["files"].get(name) == mark:
                 continue
             folder = path.parent.relative_to(self.run).as_posix()
-            client.log_artifact(run_id, str(path), None if folder == "." else folder)
+            _upload(client, run_id, path, None if folder == "." else folder)
             self.state["files"][name] = mark
             save_state(self.run, self.state)
             sent += 1
@@ -341,6 +342,19 @@ class Sender:
         )
         if self.settings.datasets:
             client.log_inputs(run.info.run_id, datasets=_dataset_inputs(self.settings.datasets))
+
+
+def _upload(client: MlflowClient, run_id: str, path: Path, folder: str | None) -> None:
+    """Upload a file; of a text that holds passwords in addresses, a copy without them."""
+    if path.suffix in (".yaml", ".diff"):
+        text = path.read_text(errors="replace")
+        if masked(text) != text:
+            with tempfile.TemporaryDirectory() as temporary:
+                copy = Path(temporary) / path.name
+                copy.write_text(masked(text))
+                client.log_artifact(run_id, str(copy), folder)
+            return
+    client.log_artifact(run_id, str(path), folder)
 
 
 def _offset_of(run: Run, journal: Path) -> int:

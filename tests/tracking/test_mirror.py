@@ -329,6 +329,21 @@ def test_passwords_are_not_written_into_the_run_folder(runs: Path, recipe_for: M
     assert "secret" not in json.dumps(settings_of(runs, recipe, RunInfo(git={})).params)
 
 
+def test_passwords_do_not_reach_the_artifacts(runs: Path, recipe_for: MakeRecipe) -> None:
+    run = runs / "run"
+    Journal(run, 0).close()
+    recipe = recipe_for("http://someone:secret@example.org/")
+    (run / "recipe.yaml").write_text(dump_yaml(recipe))
+    sender = Sender(settings_of(run, recipe_for(), RunInfo(git={})))
+    sender.connect()
+    assert sender.send_files() == 1
+    root = Path(mlflow_run(run).info.artifact_uri.removeprefix("file://"))
+    text = (root / "recipe.yaml").read_text()
+    assert "http://***@example.org/" in text
+    assert "secret" not in text
+    assert "secret" in (run / "recipe.yaml").read_text(), "the run itself still needs it"
+
+
 def test_a_deleted_experiment_is_explained(runs: Path, recipe_for: MakeRecipe) -> None:
     run = runs / "run"
     assert train(run, recipe_for(), RunInfo(git={}), range(1))
