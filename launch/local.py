@@ -100,7 +100,7 @@ def run_ranks(arguments: Sequence[str], ranks: int, logs: Path) -> int:
         logs.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise TubeworksError(f"cannot make {logs}: {error}. Choose another --run folder") from error
-    command = [sys.executable, "-m", "launch.cli", *arguments]
+    command = rank_command(arguments)
     port = free_port()
     processes: list[subprocess.Popen[bytes]] = []
     handlers = _forward_signals(processes)
@@ -122,6 +122,11 @@ def run_ranks(arguments: Sequence[str], ranks: int, logs: Path) -> int:
     code = codes[failed] or 0
     _explain(failed, code, codes, logs / f"rank-{failed}.log")
     return code if code >= 0 else 128 - code
+
+
+def rank_command(arguments: Sequence[str]) -> list[str]:
+    """What a rank runs."""
+    return [sys.executable, "-m", "launch.cli", *arguments]
 
 
 def rank_at_fault(codes: Sequence[int | None]) -> int | None:

@@ -56,6 +56,17 @@ def deepspeed_config(recipe: Recipe, world: World) -> dict[str, Any]:
     return config
 
 
+def unsharded_norm(engine: Any) -> torch.Tensor | None:
+    """The norm of all gradients under ZeRO-0, where DeepSpeed keeps none; None under the other stages.
+
+    To be asked between `backward` and `step`; right for the last micro-batch, whose gradients are the sum.
+    """
+    if engine.zero_optimization_stage() > 0 or not engine.is_gradient_accumulation_boundary():
+        return None
+    gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+    return torch.nn.utils.get_total_norm(gradients)
+
+
 def start_engine(model: nn.Module, recipe: Recipe, world: World) -> Any:
     """Hand the model and its optimizer to DeepSpeed; returns its engine.
 

@@ -19,7 +19,7 @@ from framework.recipe.schema import Recipe
 from framework.tracking.mirror import Status
 from framework.training.checkpoint import CheckpointReader, choose_checkpoint, prune, save_checkpoint
 from framework.training.distributed import Peers, choose_device, start_process_group
-from framework.training.engine import start_engine
+from framework.training.engine import start_engine, unsharded_norm
 from framework.training.held_out import evaluate_held_out
 from framework.training.meters import Meters
 from framework.training.optim import learning_rate
@@ -119,8 +119,10 @@ def run_steps(session: Session, recorder: Recorder) -> int:
         lr = learning_rate(step, base=recipe.optimizer.lr, steps=steps, schedule=recipe.schedule)
         for group in engine.optimizer.param_groups:
             group["lr"] = lr
+        norm = None
         for batch in micro_batches:
             engine.backward(micro_step(engine, batch, schemas, session.device, meters))
+            norm = unsharded_norm(engine)
             engine.step()
         finish_step(session, step)
 
@@ -128,7 +130,7 @@ def run_steps(session: Session, recorder: Recorder) -> int:
         meters.step_done(waited, (batch.seconds for batch in micro_batches))
         stop = peers.highest([session.signals.received])[0]
         if done % recipe.train.log_every == 0 or done == steps or stop:
-            metrics = meters.collect(peers, weights) | optimizer_metrics(session, lr)
+            metrics = meters.collect(peers, weights) | optimizer_metrics(session, lr, norm)
             recorder.log(done, metrics)
             stop_if_not_finite(metrics, done)
             meters.reset()
@@ -169,13 +171,10 @@ def finish_step(session: Session, step: int) -> None:
     )
 
 
-def optimizer_metrics(session: Session, lr: float) -> dict[str, float]:
-    """Learning rate, gradient norm and skipped steps."""
-    norm = session.engine.get_global_grad_norm()
-    metrics = {"train/lr": lr, "train/skipped_steps": float(session.skipped)}
-    if norm is not None:
-        metrics["train/grad_norm"] = float(norm)
-    return metrics
+def optimizer_metrics(session: Session, lr: float, unsharded: torch.Tensor | None) -> dict[str, float]:
+    """Learning rate, gradient norm (before clipping) and skipped steps."""
+    norm = session.engine.get_global_grad_norm() if unsharded is None else unsharded
+    return {"train/lr": lr, "train/grad_norm": float(norm), "train/skipped_steps": float(session.skipped)}
 
 
 def stop_if_not_finite(metrics: dict[str, float], step: int) -> None:

@@ -14,6 +14,7 @@ from framework.recipe import recipe_hash
 from framework.tracking import Journal, MlflowMirror, RunInfo
 from framework.tracking.mirror import Status
 from framework.tracking.pictures import batch_sheet
+from framework.tracking.system import SystemSampler
 from framework.training.console import LiveLine, format_seconds
 from framework.training.run_folder import append_event
 from framework.training.session import Session
@@ -48,6 +49,7 @@ class Recorder:
         )
         self._mirror = MlflowMirror(session.run, recipe, info)
         self._mirror.start()
+        self._system = SystemSampler(session.run) if recipe.tracking.system_metrics else None
         going_on = f", going on from step {session.start}" if session.start else ""
         self._line.say(
             f"{recipe.name} in {session.run}: {recipe.train.steps} steps on {world.size} ranks{going_on}"
@@ -66,7 +68,8 @@ class Recorder:
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """A logging point."""
-        self._write(step, metrics)
+        system = self._system.sample() if self._main and self._system else {}
+        self._write(step, {**metrics, **system})
         if not self._main:
             return
         done = step - self._session.start

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from framework.data.loader import Batch
 from framework.data.plan import Plan
 from framework.data.sources import OpenSource
 from framework.recipe.schema import Recipe
@@ -29,6 +31,8 @@ class Session:
     signals: SignalFlag
     sources: dict[str, OpenSource]
     plan: Plan
+    batches: Iterator[Batch]
+    """The micro-batches of the steps that are left, of this rank."""
     engine: Any
     """DeepSpeed's engine; its `module` is the model."""
     state: TrainState
