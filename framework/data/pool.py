@@ -40,17 +40,20 @@ def in_order(
 ) -> Generator[Item, None, None]:
     """Yield make(0) … make(count - 1), made by forked workers that work ahead, or in this process.
 
+    The workers begin at once, not when the first item is asked for: call it before the process grows large,
+    because a page that the parent changes after the fork stays in memory twice.
+
     Errors:
         TubeworksError: what `make` returned as a `Failure`.
         DataError: a worker died.
     """
-    if workers == 0:
-        for number in range(count):
-            yield _checked(make(number))
-        return
-    if count == 0:
-        return
-    iterator, children = _start(make, count, min(workers, count), prefetch)
+    if workers == 0 or count == 0:
+        return (_checked(make(number)) for number in range(count))
+    return _hand_out(*_start(make, count, min(workers, count), prefetch))
+
+
+def _hand_out(iterator: Iterator[Any], children: list[BaseProcess]) -> Generator[Any, None, None]:
+    """Yield what the workers make, and end them when nobody wants more."""
     try:
         while True:
             try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -56,7 +57,8 @@ def train(recipe: Recipe, run: Path, world: World, signals: SignalFlag) -> int:
         recorder = Recorder(session, peers.on_main(lambda: record_attempt(session)))
         status: Status = "FAILED"
         try:
-            stopped_by = run_steps(session, recorder)
+            with closing(session.batches):
+                stopped_by = run_steps(session, recorder)
             if not stopped_by:
                 recorder.evaluated(recipe.train.steps, evaluate_held_out(session))
             status = "KILLED" if stopped_by else "FINISHED"
@@ -73,6 +75,11 @@ def prepare(recipe: Recipe, run: Path, device: torch.device, peers: Peers, signa
     reader = CheckpointReader(checkpoint) if checkpoint else None
     if reader and reader.manifest["plan"] != plan.hash:
         raise CheckpointError(f"{reader.folder} is of a run with other shards or another order of samples")
+    start = reader.step if reader else 0
+    # Before the model is built: the data workers are forked here, and would keep pages of its weights alive.
+    batches = training_batches(
+        recipe, sources, plan, peers.world, start_step=start, stop_step=recipe.train.steps
+    )
 
     torch.manual_seed(recipe.seed)
     model = build_model(recipe.model, inputs_of(recipe))
@@ -83,8 +90,7 @@ def prepare(recipe: Recipe, run: Path, device: torch.device, peers: Peers, signa
     state = TrainState(engine, recipe.train.ema_decay)
     if reader:
         state.restore(reader.read, reader.kinds, reader.manifest["optimizer_steps"])
-    start = reader.step if reader else 0
-    return Session(recipe, run, device, peers, signals, sources, plan, engine, state, start)
+    return Session(recipe, run, device, peers, signals, sources, plan, batches, engine, state, start)
 
 
 def open_data(recipe: Recipe, world: World) -> tuple[dict[str, OpenSource], Plan]:
@@ -107,12 +113,9 @@ def run_steps(session: Session, recorder: Recorder) -> int:
     schemas = {name: opened.source for name, opened in session.sources.items()}
     weights = {name: schemas[name].loss_weight for name in recipe.data.mixture}
     meters = Meters(recipe.data.mixture, session.device)
-    batches = training_batches(
-        recipe, session.sources, session.plan, peers.world, start_step=session.start, stop_step=steps
-    )
     for step in range(session.start, steps):
         began = time.perf_counter()
-        micro_batches = next_step(batches, accumulation, peers)
+        micro_batches = next_step(session.batches, accumulation, peers)
         waited = time.perf_counter() - began
         recorder.fed(step, micro_batches)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ class Session:
     signals: SignalFlag
     sources: dict[str, OpenSource]
     plan: Plan
-    batches: Iterator[Batch]
+    batches: Generator[Batch, None, None]
     """The micro-batches of the steps that are left, of this rank."""
     engine: Any
     """DeepSpeed's engine; its `module` is the model."""
