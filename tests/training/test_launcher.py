@@ -1,0 +1,65 @@
+"""`tubeworks train --ranks 2` as a user starts it: a killed rank is named, a signal saves, both go on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from rank_processes import journalled, steps_in_journal, train_to_end
+
+from framework.training.checkpoint_manifest import checkpoint_folders, verify
+
+LONG = ("train.steps=60", "checkpoint.every=10", "checkpoint.keep=1")
+
+
+def start(recipe: Path, run: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "launch.cli", "train", str(recipe), *LONG, "--ranks", "2"]
+    return subprocess.Popen(
+        [*command, "--run", str(run)], stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True
+    )
+
+
+def rank_pid(launcher: int, rank: int) -> int:
+    """The process of a rank, found by its environment among the launcher's children."""
+    children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
+    (pid,) = [pid for pid in children if f"\0RANK={rank}\0" in Path(f"/proc/{pid}/environ").read_text()]
+    return int(pid)
+
+
+def wait_for(process: subprocess.Popen[str], run: Path, step: int) -> None:
+    deadline = time.monotonic() + 180
+    while steps_in_journal(run) < step:
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def test_a_killed_rank_and_a_signal(recipe_file: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    first = start(recipe_file, run)
+    wait_for(first, run, 12)
+    os.kill(rank_pid(first.pid, 1), signal.SIGKILL)
+    _, said = first.communicate(timeout=60)
+    assert first.returncode == 128 + signal.SIGKILL
+    assert "rank 1 was ended by SIGKILL" in said
+    assert "error: lost contact to another rank" in said
+    assert "Traceback" not in said
+
+    second = start(recipe_file, run)
+    wait_for(second, run, steps_in_journal(run) + 3)
+    second.send_signal(signal.SIGTERM)
+    _, said = second.communicate(timeout=60)
+    assert second.returncode == 128 + signal.SIGTERM
+    assert "going on from step" in said
+    assert "killed after" in said
+    (saved,) = checkpoint_folders(run)
+    assert verify(saved) == []
+    assert int(saved.name.removeprefix("step-")) == steps_in_journal(run)
+
+    train_to_end(recipe_file, run, 2, *LONG)
+    whole = train_to_end(recipe_file, tmp_path / "whole", 2, *LONG)
+    assert journalled(run) == journalled(whole)

@@ -1,0 +1,116 @@
+"""Who may go on with a run: the same experiment, with the same shards."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from rank_processes import start_training
+
+from data_tools.synth import SynthOptions, synthesize
+from framework.errors import RecipeError, TubeworksError
+from framework.recipe.schema import Recipe
+from framework.training.run_folder import check_continuation, differences, read_run
+
+
+def plan_of(run: Path) -> str:
+    return json.loads((run / "run.json").read_text())["plan"]
+
+
+def test_the_same_recipe_goes_on(trained: Path, make_recipe: Callable[..., Recipe]) -> None:
+    check_continuation(trained, make_recipe(), plan_of(trained))
+
+
+def test_an_empty_folder_takes_any(tmp_path: Path, make_recipe: Callable[..., Recipe]) -> None:
+    check_continuation(tmp_path, make_recipe(), "whatever")
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "data.workers=3",
+        "data.on_corrupt=substitute",
+        "data.sources.motion.validation=elsewhere",
+        "train.accumulation=2",
+        "train.log_every=7",
+        "engine.zero=3",
+        "checkpoint.every=1",
+        "tracking.mlflow=true",
+        "evaluation.batch=3",
+        "description=better",
+    ],
+)
+def test_what_shapes_no_loss_may_change(
+    trained: Path, make_recipe: Callable[..., Recipe], override: str
+) -> None:
+    check_continuation(trained, make_recipe(override), plan_of(trained))
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("seed=4", "seed: 3 -> 4"),
+        ("train.steps=7", "train.steps: 6 -> 7"),
+        ("optimizer.lr=0.5", "optimizer.lr: 0.001 -> 0.5"),
+        ("data.mixture.motion=4", "data.mixture.motion: 8 -> 4"),
+        ("engine.precision=bf16", "engine.precision: fp32 -> bf16"),
+        ("train.ema_decay=null", "train.ema_decay: 0.9 -> None"),
+        ("model.depth=3", "model.depth: 2 -> 3"),
+        ("data.sources.motion.label_smoothing=0.2", "data.sources.motion.label_smoothing: 0.1 -> 0.2"),
+    ],
+)
+def test_what_shapes_the_experiment_may_not(
+    trained: Path, make_recipe: Callable[..., Recipe], override: str, line: str
+) -> None:
+    with pytest.raises(RecipeError) as caught:
+        check_continuation(trained, make_recipe(override), plan_of(trained))
+    assert f"\n  {line}\n" in str(caught.value)
+    assert "--run NEW_FOLDER" in str(caught.value)
+
+
+def test_all_differences_are_listed(make_recipe: Callable[..., Recipe]) -> None:
+    changed = make_recipe("seed=4", "optimizer.lr=0.5", "train.ema_decay=null")
+    keys = [key for key, _ in differences(make_recipe(), changed)]
+    assert keys == ["optimizer.lr", "seed", "train.ema_decay"]
+
+
+def test_a_changed_recipe_is_refused_on_the_command_line(recipe_file: Path, run_copy: Path) -> None:
+    job = start_training(recipe_file, run_copy, 2, "seed=4", "optimizer.lr=0.5", "data.workers=1")
+    assert job.wait() == [2, 2]
+    said = job.said()
+    assert f"error: {run_copy} holds a run of another experiment:\n" in said
+    assert "  optimizer.lr: 0.001 -> 0.5\n  seed: 3 -> 4\n" in said
+    assert "Traceback" not in said
+
+
+def test_other_shards_are_refused(recipe_file: Path, run_copy: Path, tmp_path: Path) -> None:
+    counts = {"train_videos": 24, "val_videos": 8, "train_images": 24, "val_images": 10}
+    synthesize(SynthOptions(tmp_path / "shards", size=16, frames=6, seed=1, **counts))
+    others = [f"data.sources.{name}.path={tmp_path}/shards/train" for name in ("motion", "digits")]
+    job = start_training(recipe_file, run_copy, 1, *others)
+    assert job.wait() == [2]
+    assert f"error: {run_copy} was trained with plan {plan_of(run_copy)}" in job.said()
+    assert "Take the shards that it started with" in job.said()
+
+
+def test_shards_that_only_moved_are_welcome(
+    recipe_file: Path, run_copy: Path, shards: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "moved").symlink_to(shards)
+    moved = [f"data.sources.{name}.path={tmp_path}/moved/train" for name in ("motion", "digits")]
+    assert start_training(recipe_file, run_copy, 1, *moved).wait() == [0]
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}"])
+def test_a_damaged_run_json_is_named(tmp_path: Path, content: str) -> None:
+    (tmp_path / "run.json").write_text(content)
+    with pytest.raises(TubeworksError, match=r"cannot read .*run\.json"):
+        read_run(tmp_path)
+
+
+def test_a_later_run_json_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text('{"version": 2}')
+    with pytest.raises(TubeworksError, match="version 2, this tubeworks knows up to 1: upgrade"):
+        read_run(tmp_path)
