@@ -7,7 +7,6 @@ killed, it runs the command line, and it has its own environment and log.
 
 from __future__ import annotations
 
-import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -20,9 +19,6 @@ sys.path.insert(0, str(Path(__file__).parent))  # the ranks import `rank_process
 from data_tools.synth import SynthOptions, synthesize
 from framework.recipe import load_recipe
 from framework.recipe.schema import Recipe
-
-# These tests prove what holds bit by bit on the CPU.
-os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 RECIPE = """\
 name: tiny

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from framework.world import World
 from launch.local import free_port, rank_environment
@@ -23,6 +24,9 @@ context.set_forkserver_preload(
     # deepspeed.initialize imports Muon, which imports torch's compiler, and that takes longest of all
     ["framework.training.loop", "deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer", "launch.local"]
 )
+
+CPU = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+"""What these tests prove holds bit by bit on the CPU."""
 
 
 def rank_main(
@@ -59,11 +63,12 @@ class Job:
         port = free_port()
         self.processes: list[ForkServerProcess] = []
         for rank in range(ranks):
-            environment = rank_environment(World(rank, ranks, rank, ranks), port, {"OMP_NUM_THREADS": "1"})
+            environment = rank_environment(World(rank, ranks, rank, ranks), port, CPU)
             process = context.Process(
                 target=rank_main, args=(environment, str(self.logs[rank]), work, arguments)
             )
-            process.start()
+            with patch.dict(os.environ, CPU):  # for the server, which the first process starts
+                process.start()
             self.processes.append(process)
 
     def wait(self, seconds: float = 120) -> list[int | None]:

@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from rank_processes import journalled, steps_in_journal, train_to_end
+from rank_processes import CPU, journalled, steps_in_journal, train_to_end
 
 from framework.training.checkpoint_manifest import checkpoint_folders, verify
 
@@ -19,7 +19,11 @@ LONG = ("train.steps=60", "checkpoint.every=10", "checkpoint.keep=1")
 def start(recipe: Path, run: Path) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "launch.cli", "train", str(recipe), *LONG, "--ranks", "2"]
     return subprocess.Popen(
-        [*command, "--run", str(run)], stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True
+        [*command, "--run", str(run)],
+        env={**os.environ, **CPU},
+        stderr=subprocess.PIPE,
+        stdin=subprocess.DEVNULL,
+        text=True,
     )
 
 
