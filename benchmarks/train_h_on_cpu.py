@@ -148,7 +148,7 @@ class Peak:
         return round(self._peak / GIB, 2)
 
     def _watch(self) -> None:
-        while not self._stop.wait(0.5):
+        while not self._stop.wait(1.0):
             total = 0
             try:
                 for process in [self._process, *self._process.children(recursive=True)]:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -256,13 +256,34 @@ class CheckpointReader:
             )
         return result
 
-    def weights(self, kind: str = WEIGHT) -> dict[str, Tensor]:
-        """All weights in full, float32, by their names in the model; frozen weights and buffers included."""
-        result = {name: self._file(FIXED).get_tensor(name) for name in self._file(FIXED).keys()}  # noqa: SIM118
+    def tensors(self, kind: str = WEIGHT) -> Iterator[tuple[str, Tensor]]:
+        """All weights in full, one by one, float32, by their names in the model, and what is fixed."""
+        for name in self._file(FIXED).keys():  # noqa: SIM118
+            yield name, self._file(FIXED).get_tensor(name)
         for name, shape in self.manifest["shapes"].items():
             count = int(torch.Size(shape).numel())
-            result[name] = self.read(kind, Fragment(name, 0, count, 0)).view(shape)
-        return result
+            yield name, self.read(kind, Fragment(name, 0, count, 0)).view(shape)
+
+    def weights(self, kind: str = WEIGHT) -> dict[str, Tensor]:
+        """All weights in full, float32, by their names in the model; frozen weights and buffers included."""
+        return dict(self.tensors(kind))
+
+    @torch.no_grad()
+    def load_into(self, model: nn.Module) -> None:
+        """Fill a model with the weights, one tensor at a time, so that they are in memory once.
+
+        Errors:
+            CheckpointError: names or shapes differ; the message says which.
+        """
+        targets = model.state_dict()
+        saved = {*self.manifest["shapes"], *self._file(FIXED).keys()}
+        if different := sorted(targets.keys() ^ saved):
+            raise CheckpointError(f"{self.folder} is of another model: {', '.join(different)} not in both")
+        for name, tensor in self.tensors():
+            if targets[name].shape != tensor.shape:
+                shapes = f"{list(tensor.shape)} instead of {list(targets[name].shape)}"
+                raise CheckpointError(f"{self.folder} is of another model: {name} has the shape {shapes}")
+            targets[name].copy_(tensor)
 
     def _file(self, name: str) -> Any:
         if name not in self._open:

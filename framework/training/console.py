@@ -35,7 +35,7 @@ class LiveLine:
             if key.endswith("/loss") and key.count("/") == 2
         )
         rates = "  ".join(
-            f"{key.removeprefix('perf/').removesuffix('_per_s')} {value:.1f}/s"
+            f"{key.removeprefix('perf/').removesuffix('_per_s')} {value:.3g}/s"
             for key, value in metrics.items()
             if key.endswith("_per_s")
         )

@@ -22,6 +22,7 @@ from framework.training.checkpoint import CheckpointReader, choose_checkpoint, p
 from framework.training.distributed import Peers, choose_device, start_process_group
 from framework.training.engine import start_engine, unsharded_norm
 from framework.training.held_out import evaluate_held_out
+from framework.training.memory import returned_memory
 from framework.training.meters import Meters
 from framework.training.optim import learning_rate
 from framework.training.recorder import Recorder
@@ -81,15 +82,16 @@ def prepare(recipe: Recipe, run: Path, device: torch.device, peers: Peers, signa
         recipe, sources, plan, peers.world, start_step=start, stop_step=recipe.train.steps
     )
 
-    torch.manual_seed(recipe.seed)
-    model = build_model(recipe.model, inputs_of(recipe))
-    model.activation_checkpointing = recipe.train.activation_checkpointing  # type: ignore[assignment]
-    if reader:
-        model.load_state_dict(reader.weights())
-    engine = start_engine(model, recipe, peers.world)
-    state = TrainState(engine, recipe.train.ema_decay)
-    if reader:
-        state.restore(reader.read, reader.kinds, reader.manifest["optimizer_steps"])
+    with returned_memory():
+        torch.manual_seed(recipe.seed)
+        model = build_model(recipe.model, inputs_of(recipe))
+        model.activation_checkpointing = recipe.train.activation_checkpointing  # type: ignore[assignment]
+        if reader:
+            reader.load_into(model)
+        engine = start_engine(model, recipe, peers.world)
+        state = TrainState(engine, recipe.train.ema_decay)
+        if reader:
+            state.restore(reader.read, reader.kinds, reader.manifest["optimizer_steps"])
     return Session(recipe, run, device, peers, signals, sources, plan, batches, engine, state, start)
 
 
