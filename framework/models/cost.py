@@ -17,11 +17,19 @@ from dataclasses import dataclass
 from torch import nn
 
 from framework.models.inputs import InputSpec
-from framework.models.pooling import AttentionPool
+from framework.models.kernels import ResizedProjection
+from framework.models.pooling import AttentionPool, MapPool, ScalarPool
 from framework.models.tubes import CHANNELS
-from framework.models.tubevit import TubeViT
+from framework.models.tubevit import Size, TubeViT
 
-__all__ = ["Cost", "Parameters", "count_parameters", "forward_cost"]
+__all__ = [
+    "Cost",
+    "Parameters",
+    "count_parameters",
+    "encoder_multiply_adds",
+    "forward_cost",
+    "sequence_length",
+]
 
 ELEMENTWISE = 22.8e3 / 768  # per token, layer and channel
 
@@ -40,48 +48,85 @@ class Parameters:
     """Numbers of parameters.
 
     `encoder` is the ViT that reads images, without its classifier: the kernel shared with images (if any),
-    the blocks and the last norm. `tokenizer` holds all tube kernels, also that one.
+    the blocks and the last norm. `tokenizer` holds all kernels, also that one, but no learned positions;
+    `tubes` what each tube has of its own, which is the bias alone where it uses the `shared_kernel`.
     """
 
     total: int
     encoder: int
     tokenizer: int
     tubes: tuple[int, ...]
+    shared_kernel: int
+    positions: int
+    class_token: int
     pool: int
     heads: dict[str, int]
 
 
 def count_parameters(model: TubeViT) -> Parameters:
     """Count the parameters of a model that is not partitioned (it may be on the meta device)."""
-    tubes = tuple(_count(tube) for tube in model.tokenizer.tubes)
-    flat = [number for number, tube in enumerate(model.tokenizer.shapes) if tube.kernel[0] == 1]
+    tokenizer = model.tokenizer
+    tubes = tuple(_count(tube) for tube in tokenizer.tubes)
+    shared = _count(tokenizer.kernel)
+    flat = [number for number, tube in enumerate(tokenizer.shapes) if tube.kernel[0] == 1]
     image = tubes[flat[0]] if flat else 0
+    if flat and isinstance(tokenizer.tubes[flat[0]], ResizedProjection):
+        image += shared
     return Parameters(
         total=_count(model),
         encoder=image + _count(model.blocks) + _count(model.norm),
-        tokenizer=sum(tubes),
+        tokenizer=sum(tubes) + shared,
         tubes=tubes,
+        shared_kernel=shared,
+        positions=_count(tokenizer.positions),
+        class_token=_count(model.class_token),
         pool=_count(model.pool),
         heads={name: _count(head) for name, head in model.heads.items()},
     )
 
 
-def _count(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
+def _count(module: nn.Module | None) -> int:
+    return 0 if module is None else sum(parameter.numel() for parameter in module.parameters())
 
 
 def forward_cost(model: TubeViT, spec: InputSpec) -> Cost:
-    """Operations of one forward pass of one sample of a source."""
+    """Operations of one forward pass of one sample of a source.
+
+    Resizing a shared kernel is left out: it is done once per step, whatever the number of samples.
+    """
     size, tubes = model.size, model.tokenizer.shapes
     width = size.width
     grids = model.tokenizer.grids((spec.frames, spec.size, spec.size))
-    tokens = sum(grid.tokens for grid in grids)
+    tokens = sequence_length(model, spec)
     # a token's sub-tubes share its width, so Space-to-Depth leaves the work at volume x width
     embedding = sum(grid.tokens * CHANNELS * math.prod(tubes[grid.tube].kernel) * width for grid in grids)
-    projections = tokens * (4 * width**2 + 2 * width * size.mlp_width)
-    attention = 2 * tokens**2 * width
-    pooling = 2 * tokens * size.heads * width + width**2 if isinstance(model.pool, AttentionPool) else 0
-    work = embedding + size.depth * (projections + attention) + pooling + width * spec.classes
+    encoder = encoder_multiply_adds(size, tokens)
+    work = embedding + encoder + _pooling_multiply_adds(model, tokens) + width * spec.classes
     softmax = 2 * size.depth * size.heads * tokens**2
     elementwise = ELEMENTWISE * width * tokens * size.depth
     return Cost(multiply_adds=work, flops=2 * work, published=round(work + softmax + elementwise))
+
+
+def sequence_length(model: TubeViT, spec: InputSpec) -> int:
+    """Tokens of one sample of a source as the encoder sees them, a class token included."""
+    grids = model.tokenizer.grids((spec.frames, spec.size, spec.size))
+    return sum(grid.tokens for grid in grids) + (model.class_token is not None)
+
+
+def encoder_multiply_adds(size: Size, tokens: int) -> int:
+    """Multiply-adds of all blocks for one sample of so many tokens."""
+    projections = tokens * (4 * size.width**2 + 2 * size.width * size.mlp_width)
+    return size.depth * (projections + 2 * tokens**2 * size.width)
+
+
+def _pooling_multiply_adds(model: TubeViT, tokens: int) -> int:
+    width = model.size.width
+    if isinstance(model.pool, AttentionPool):
+        return 2 * tokens * model.size.heads * width + width**2
+    if isinstance(model.pool, ScalarPool):
+        return 2 * tokens * width
+    if isinstance(model.pool, MapPool):
+        mlp = 2 * width * model.size.mlp_width
+        # the query is projected once for all samples; it is counted for each, like everything else
+        return 2 * tokens * width**2 + 2 * tokens * width + 2 * width**2 + mlp
+    return 0

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import difflib
+import logging
 from collections.abc import Mapping
 
 from torch import nn
 
 from framework.errors import RecipeError
 from framework.models.inputs import InputSpec, inputs_of
-from framework.models.tubes import PAPER_TUBES
+from framework.models.tube_sets import PAPER_TUBES, TUBE_SETS
 from framework.models.tubevit import Size, TubeViT
-from framework.recipe.schema import Model
+from framework.recipe.schema import Model, Tube
 
-__all__ = ["SIZES", "InputSpec", "build_model", "inputs_of", "model_names", "size_of"]
+__all__ = ["SIZES", "InputSpec", "build_model", "inputs_of", "model_names", "size_of", "tubes_of"]
+
+log = logging.getLogger(__name__)
 
 SIZES = {
     "tubevit_ti": Size(width=192, depth=12, heads=3, mlp_width=768),
@@ -71,15 +74,40 @@ def build_model(model: Model, inputs: Mapping[str, InputSpec]) -> nn.Module:
     size = size_of(model)
     _check_rates(model)
     _check_source_names(inputs)
+    if model.position == "printed":
+        log.warning(
+            "model.position: printed takes the formula as the paper prints it, which is degenerate: all but "
+            "a few channels are the same for all tokens; `fixed` is what the authors' other code computes"
+        )
+    tubes = tubes_of(model)
     return TubeViT(
         size,
-        PAPER_TUBES if model.tubes is None else model.tubes,
+        tubes,
         inputs,
+        interpolated=_interpolated(model, tubes),
         position=model.position,
         pool=model.pool,
         dropout=model.dropout,
         stochastic_depth=model.stochastic_depth,
     )
+
+
+def tubes_of(model: Model) -> tuple[Tube, ...]:
+    """The tubes of a recipe: its own, or those of the set that it names."""
+    if model.tubes is not None:
+        return model.tubes
+    return PAPER_TUBES if model.tube_set is None else TUBE_SETS[model.tube_set]
+
+
+def _interpolated(model: Model, tubes: tuple[Tube, ...]) -> list[int]:
+    """Indices of the tubes without a kernel of their own.
+
+    Tubes with a temporal kernel of 1 keep theirs unless the recipe says otherwise: it reads images too, and
+    may come from a trained image model.
+    """
+    if model.kernels == "independent":
+        return []
+    return [n for n, tube in enumerate(tubes) if model.interpolate_2d or tube.kernel[0] > 1]
 
 
 def _check_rates(model: Model) -> None:

@@ -1,8 +1,7 @@
-"""Sparse video tubes: cut a clip into boxes of several shapes and turn each into a token (TubeViT §3).
+"""Sparse video tubes: which boxes of a clip are cut out, and where they lie (TubeViT §3).
 
-The boxes of a tube are a strided view of the clip, copied once and multiplied by the kernel: the result of a
-convolution without padding, at a fraction of its time and memory, and without the faults of bf16 convolutions
-in several releases of cuDNN. Weights keep a convolution's shape, which is what they are to everybody else.
+The boxes of a tube are a strided view of the clip, copied once; `kernels` projects them and `tokenizer` puts
+both together.
 
 Space-to-Depth (§3.4) with factors f: the tube has sub-tubes of width / (f_t f_h f_w) channels at strides
 divided by f; neighbours are concatenated to one token, time first, then height, then width, then channels.
@@ -15,29 +14,26 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from framework.errors import ModelError
-from framework.models.layers import join
-from framework.models.positions import sincos
 from framework.recipe.schema import Tube
 
-__all__ = ["PAPER_TUBES", "Grid", "TubeProjection", "TubeTokenizer", "cut", "grids_of"]
+__all__ = [
+    "AXES",
+    "CHANNELS",
+    "Grid",
+    "centres",
+    "check_tubes",
+    "cut",
+    "grid_indices",
+    "grids_of",
+    "name_tube",
+    "sub_stride",
+]
 
 CHANNELS = 3
-# The position embedding has a fixed scale of 0.7 per channel. With Xavier's gain of about 1, the motion of a
-# digit is still not learned after a hundred small steps, with 3 it is on the way; 6 is worse on images.
-GAIN = 3.0
 AXES = ("frames", "pixels of height", "pixels of width")
-
-PAPER_TUBES = (
-    Tube(kernel=(8, 8, 8), stride=(16, 32, 32), space_to_depth=(2, 1, 1)),
-    Tube(kernel=(16, 4, 4), stride=(6, 32, 32), offset=(4, 8, 8), space_to_depth=(1, 2, 2)),
-    Tube(kernel=(4, 12, 12), stride=(16, 32, 32), offset=(0, 16, 16)),
-    Tube(kernel=(1, 16, 16), stride=(32, 16, 16)),
-)
-"""Table 12 of the paper. The last one is shared with images."""
 
 
 @dataclass(frozen=True)
@@ -179,6 +175,16 @@ def centres(tube: Tube, shape: tuple[int, int, int]) -> Tensor:
     return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 2)
 
 
+def grid_indices(shape: tuple[int, int, int]) -> Tensor:
+    """Where the tokens stand on the grid of their tube, whatever its stride, offset and kernel.
+
+    Returns:
+        float64 (tokens, 3): index in time, row, column, in the order of the tokens.
+    """
+    axes = [torch.arange(count, dtype=torch.float64, device="cpu") for count in shape]
+    return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 2)
+
+
 def cut(pixels: Tensor, tube: Tube, shape: tuple[int, int, int]) -> Tensor:
     """Copy the boxes of a tube's sub-tubes out of clips.
 
@@ -198,89 +204,3 @@ def cut(pixels: Tensor, tube: Tube, shape: tuple[int, int, int]) -> Tensor:
     # (batch, channel, t, f_t, h, f_h, w, f_w, k_t, k_h, k_w): tokens first, then sub-tubes, then their pixels
     boxes = boxes.permute(0, 2, 4, 6, 3, 5, 7, 1, 8, 9, 10)
     return boxes.reshape(-1, pixels.shape[1] * math.prod(tube.kernel))
-
-
-class TubeProjection(nn.Module):
-    """The kernel of one tube, as the weight (sub-width, 3, k_t, k_h, k_w) and bias of a convolution.
-
-    Weights start with a deviation of `GAIN` over the square root of the kernel's volume: tokens of all tubes
-    have the same scale, whatever their volume, and what a tube shows is not drowned by where it lies.
-    """
-
-    def __init__(self, tube: Tube, width: int) -> None:
-        super().__init__()
-        channels = width // math.prod(tube.space_to_depth)
-        self.weight = nn.Parameter(torch.empty(channels, CHANNELS, *tube.kernel))
-        self.bias = nn.Parameter(torch.zeros(channels))
-        deviation = GAIN / math.sqrt(CHANNELS * math.prod(tube.kernel))
-        nn.init.trunc_normal_(self.weight, std=deviation, a=-2 * deviation, b=2 * deviation)
-
-    def forward(self, boxes: Sequence[Tensor]) -> Tensor:
-        """Project what `cut` returned for each group: to (rows of all groups, sub-width)."""
-        prepared = join([_normalise(part, self.weight.dtype) for part in boxes])
-        return F.linear(prepared, self.weight.flatten(1), self.bias)
-
-
-def _normalise(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """Bring bytes to [-1, 1]; values that are floats already are taken as they are.
-
-    The halves that the subtraction leaves are exact in bf16, so only the product is rounded.
-    """
-    if values.dtype != torch.uint8:
-        return values.to(dtype)
-    return values.to(dtype).sub_(127.5).mul_(2 / 255)
-
-
-class TubeTokenizer(nn.Module):
-    """All tubes: clips of several groups to one token matrix, position embedding included."""
-
-    def __init__(self, tubes: Sequence[Tube], width: int, *, positions: bool = True) -> None:
-        super().__init__()
-        check_tubes(tubes, width)
-        self.shapes = tuple(tubes)
-        self.width = width
-        self.positions = positions
-        self.tubes = nn.ModuleList(TubeProjection(tube, width) for tube in tubes)
-        # Derived from the shape of a clip alone, so neither is part of the state dict.
-        self._grids: dict[tuple[int, int, int], tuple[Grid, ...]] = {}
-        self._embeddings: dict[tuple[object, ...], Tensor] = {}
-
-    def grids(self, clip: tuple[int, int, int]) -> tuple[Grid, ...]:
-        """`grids_of` for a clip of (frames, height, width), remembered."""
-        if clip not in self._grids:
-            self._grids[clip] = grids_of(self.shapes, clip)
-        return self._grids[clip]
-
-    def embedding(self, clip: tuple[int, int, int], device: torch.device, dtype: torch.dtype) -> Tensor:
-        """Position embedding (tokens, width) of all tokens of a clip, remembered per device and type."""
-        key = (clip, device, dtype)
-        if key not in self._embeddings:
-            with torch.inference_mode(False):  # training must be able to use what evaluation remembered
-                points = torch.cat([centres(self.shapes[grid.tube], grid.shape) for grid in self.grids(clip)])
-                self._embeddings[key] = sincos(points, self.width).to(device, dtype)
-        return self._embeddings[key]
-
-    def forward(self, clips: Sequence[Tensor]) -> Tensor:
-        """Tokenise; clips (batch, 3, frames, height, width), one tensor a group, to (total_tokens, width).
-
-        Each projection runs once for all groups that it reads, in the order of the tubes.
-        """
-        clip_shapes = [(clip.shape[2], clip.shape[3], clip.shape[4]) for clip in clips]
-        grids = [{grid.tube: grid for grid in self.grids(shape)} for shape in clip_shapes]
-        parts: list[list[Tensor]] = [[] for _ in clips]
-        for number, (projection, tube) in enumerate(zip(self.tubes, self.shapes, strict=True)):
-            readers = [group for group, grid in enumerate(grids) if number in grid]
-            if not readers:
-                continue
-            boxes = [cut(clips[group], tube, grids[group][number].shape) for group in readers]
-            projected = projection(boxes).split([len(box) for box in boxes])
-            for group, tokens in zip(readers, projected, strict=True):
-                # sub-tubes of a token are neighbouring rows, so this view is Space-to-Depth
-                parts[group].append(tokens.reshape(len(clips[group]), -1, self.width))
-        return join([self._finish(part, shape) for part, shape in zip(parts, clip_shapes, strict=True)])
-
-    def _finish(self, parts: list[Tensor], clip: tuple[int, int, int]) -> Tensor:
-        tokens = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-        if self.positions:
-            tokens = tokens + self.embedding(clip, tokens.device, tokens.dtype)
-        return tokens.flatten(0, 1)

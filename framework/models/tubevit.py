@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +14,10 @@ from framework.errors import ModelError
 from framework.models.inputs import InputSpec
 from framework.models.layers import Block, Groups, Head, LayerNorm
 from framework.models.noise import depth_scales, dropout, dropout_seeds
-from framework.models.pooling import AttentionPool, MeanPool
-from framework.models.tubes import CHANNELS, TubeTokenizer
-from framework.recipe.schema import Tube
+from framework.models.pooling import ClassToken, build_pool
+from framework.models.tokenizer import TubeTokenizer
+from framework.models.tubes import CHANNELS, Grid, check_tubes, grids_of
+from framework.recipe.schema import Pool, Position, Tube
 
 __all__ = ["Size", "TubeViT"]
 
@@ -45,12 +46,23 @@ class TubeViT(nn.Module):
         tubes: Sequence[Tube],
         inputs: Mapping[str, InputSpec],
         *,
-        position: Literal["fixed", "none"] = "fixed",
-        pool: Literal["attention", "mean"] = "attention",
+        interpolated: Sequence[int] = (),
+        position: Position = "fixed",
+        pool: Pool = "attention",
         dropout: float = 0.0,
         stochastic_depth: float = 0.0,
     ) -> None:
         """Build with random weights.
+
+        Args:
+            size: the numbers of the encoder.
+            tubes: shapes of the tubes.
+            inputs: what each source will feed.
+            interpolated: indices of the tubes whose kernels are resized from one shared kernel.
+            position: what tells tokens where they come from.
+            pool: how tokens become one vector.
+            dropout: share of elements that are dropped from the embedding and from all branches.
+            stochastic_depth: share of branches that are dropped at the last layer; linearly fewer before.
 
         Errors:
             ModelError: a tube does not fit the width or a source; the message names it.
@@ -61,14 +73,19 @@ class TubeViT(nn.Module):
         self.dropout = dropout
         self.stochastic_depth = stochastic_depth
         self.activation_checkpointing = False
-        self.tokenizer = TubeTokenizer(tubes, size.width, positions=position == "fixed")
-        for name, spec in self.inputs.items():
-            self._check_tubes_fit(name, (spec.frames, spec.size, spec.size))
+        clips = {name: (spec.frames, spec.size, spec.size) for name, spec in self.inputs.items()}
+        check_tubes(tubes, size.width)
+        for name, clip in clips.items():
+            _count_tokens(name, clip, partial(grids_of, tubes))
+        self.tokenizer = TubeTokenizer(
+            tubes, size.width, clips=list(clips.values()), position=position, interpolated=interpolated
+        )
+        self.class_token = ClassToken(size.width) if pool == "class_token" else None
         self.blocks = nn.ModuleList(
             Block(size.width, size.heads, size.mlp_width, dropout) for _ in range(size.depth)
         )
         self.norm = LayerNorm(size.width)
-        self.pool = AttentionPool(size.width, size.heads) if pool == "attention" else MeanPool()
+        self.pool = build_pool(pool, size.width, size.heads, size.mlp_width)
         self.heads = nn.ModuleDict({name: Head(size.width, spec.classes) for name, spec in inputs.items()})
 
     def forward(
@@ -91,6 +108,8 @@ class TubeViT(nn.Module):
         names = self._sources(pixels)
         groups = tuple(self._group(name, pixels[name]) for name in names)
         tokens = self.tokenizer([pixels[name] for name in names])
+        if self.class_token is not None:
+            tokens, groups = self.class_token(tokens, groups)
         if self.training and seeds is not None:
             tokens = self._encode_with_noise(tokens, groups, torch.cat([seeds[name] for name in names]))
         else:
@@ -125,11 +144,11 @@ class TubeViT(nn.Module):
         return self._encode(tokens, groups, depth, element_seeds)
 
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters that weight decay should leave alone: biases, norms and the pooling query."""
+        """Names of parameters that weight decay should leave alone: vectors, positions, the pooling query."""
         names = set()
         for name, parameter in self.named_parameters():
             shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 flattens what it partitions
-            if len(shape) <= 1 or name == "pool.query":
+            if len(shape) <= 1 or name == "pool.query" or name.startswith("tokenizer.positions."):
                 names.add(name)
         return names
 
@@ -148,11 +167,14 @@ class TubeViT(nn.Module):
                 f"not {tuple(pixels.shape)}"
             )
         samples, _, frames, height, width = pixels.shape
-        return samples, self._check_tubes_fit(name, (frames, height, width))
+        return samples, _count_tokens(name, (frames, height, width), self.tokenizer.grids)
 
-    def _check_tubes_fit(self, name: str, clip: tuple[int, int, int]) -> int:
-        """Count the tokens of a clip; the error of a tube that does not fit also names the source."""
-        try:
-            return sum(grid.tokens for grid in self.tokenizer.grids(clip))
-        except ModelError as error:
-            raise ModelError(f"source {name}: {error}") from error
+
+def _count_tokens(
+    name: str, clip: tuple[int, int, int], find_grids: Callable[[tuple[int, int, int]], Sequence[Grid]]
+) -> int:
+    """Count the tokens of a clip; the error of a tube that does not fit also names the source."""
+    try:
+        return sum(grid.tokens for grid in find_grids(clip))
+    except ModelError as error:
+        raise ModelError(f"source {name}: {error}") from error

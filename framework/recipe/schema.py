@@ -22,6 +22,8 @@ __all__ = [
     "Evaluation",
     "Model",
     "Optimizer",
+    "Pool",
+    "Position",
     "RandAugment",
     "Recipe",
     "Schedule",
@@ -29,6 +31,7 @@ __all__ = [
     "Tracking",
     "Train",
     "Tube",
+    "TubeSet",
 ]
 
 Positive = Annotated[int, Field(gt=0)]
@@ -53,6 +56,11 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+Position = Literal["fixed", "fixed_no_stride", "learned", "none", "printed"]
+Pool = Literal["attention", "scalar", "map", "mean", "class_token"]
+TubeSet = Literal["one", "two", "paper", "paper_dense", "eight", "charades"]
+
+
 class Tube(Section):
     """One tube shape; axes are (time, height, width) in frames and pixels (TubeViT §3.1, Table 12)."""
 
@@ -71,11 +79,31 @@ class Model(Section):
     heads: Positive | None = None
     mlp_width: Positive | None = None
     tubes: tuple[Tube, ...] | None = None
-    """None: the four tubes of Table 12. The first tube with a temporal kernel of 1 is shared with images."""
-    position: Literal["fixed", "none"] = "fixed"
-    pool: Literal["attention", "mean"] = "attention"
+    """The tubes one by one. The first one with a temporal kernel of 1 is shared with images."""
+    tube_set: TubeSet | None = None
+    """Tubes by name (see `framework.models.tube_sets`); by default `paper`, the four of Table 12."""
+    kernels: Literal["independent", "interpolated"] = "independent"
+    """A kernel for each tube, or one of 8x8x8 resized to all (TubeViT §3.4)."""
+    interpolate_2d: bool = False
+    """With interpolated kernels: resize it to tubes with a temporal kernel of 1 too, instead of their own."""
+    position: Position = "fixed"
+    """What tokens are told of their place: sines and cosines of the tube's centre (`fixed`, TubeViT §3.3), of
+    the token's index on its grid (`fixed_no_stride`), a learned vector, nothing, or the formula as `printed`,
+    which is degenerate."""
+    pool: Pool = "attention"
+    """One vector out of all tokens: one query with heads, one score per token (`scalar`), a transformer's
+    attention pooling with MLP (`map`), the mean, or a class token that goes along."""
     dropout: Fraction = 0.0
     stochastic_depth: Fraction = 0.0
+
+    @model_validator(mode="after")
+    def _options_fit_together(self) -> Model:
+        if self.tubes is not None and self.tube_set is not None:
+            text = "is said beside `tubes`; leave one of them out (`null` unsets one that a base says)"
+            raise BrokenRule(text, "tube_set")
+        if self.interpolate_2d and self.kernels != "interpolated":
+            raise BrokenRule("needs `kernels: interpolated`", "interpolate_2d")
+        return self
 
 
 class Clip(Section):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from framework.models import InputSpec, TubeViT, build_model, inputs_of, model_n
 from framework.models.cost import count_parameters, forward_cost
 from framework.models.describe import describe, describe_command
 from framework.models.registry import size_of
-from framework.recipe.schema import Model, Recipe, Tube
+from framework.recipe.schema import Model, Pool, Recipe, Tube
 
 # the two classifiers of the paper's joint training (§3.5): Kinetics-600 and ImageNet-1k
 JOINT = {"video": InputSpec("video", 32, 224, 600), "image": InputSpec("image", 1, 224, 1000)}
@@ -62,14 +63,15 @@ def test_counts_of_the_parts_add_up() -> None:
     assert counts.encoder == blocks + norm + counts.tubes[3]
 
 
+@pytest.mark.parametrize("pool", get_args(Pool))
 @pytest.mark.parametrize(("clip", "classes"), [((16, 32), 5), ((1, 32), 7)])
-def test_cost_is_what_torch_counts(clip: tuple[int, int], classes: int) -> None:
+def test_cost_is_what_torch_counts(clip: tuple[int, int], classes: int, pool: Pool) -> None:
     tubes = (
         Tube(kernel=(4, 8, 8), stride=(8, 16, 16), space_to_depth=(2, 1, 1)),
         Tube(kernel=(1, 8, 8), stride=(16, 8, 8)),
     )
     spec = InputSpec("video", *clip, classes)
-    model = build_model(Model(name="tubevit_ti", depth=2, tubes=tubes), {"source": spec})
+    model = build_model(Model(name="tubevit_ti", depth=2, tubes=tubes, pool=pool), {"source": spec})
     assert isinstance(model, TubeViT)
     with (
         FlopCounterMode(display=False) as counter,

@@ -11,8 +11,10 @@ from einops import rearrange
 from torch import Tensor
 
 from framework.errors import ModelError
-from framework.models.positions import sincos
-from framework.models.tubes import AXES, PAPER_TUBES, TubeTokenizer, centres, cut, grids_of, sub_stride
+from framework.models.positions import FixedPositions, sincos
+from framework.models.tokenizer import TubeTokenizer
+from framework.models.tube_sets import PAPER_TUBES
+from framework.models.tubes import AXES, centres, cut, grids_of, sub_stride
 from framework.recipe.schema import Tube
 
 DENSE_2D = PAPER_TUBES[3].model_copy(update={"stride": (16, 16, 16)})
@@ -75,7 +77,7 @@ def test_tokenizer_is_a_convolution_on_other_clips(clip: tuple[int, int, int]) -
 
 def assert_equals_convolution(tubes: tuple[Tube, ...], clip: Tensor, width: int) -> None:
     torch.manual_seed(0)
-    tokenizer = TubeTokenizer(tubes, width, positions=False)
+    tokenizer = TubeTokenizer(tubes, width, position="none")
     for projection in tokenizer.tubes:
         torch.nn.init.normal_(projection.bias)
     expected = torch.cat(
@@ -90,7 +92,7 @@ def assert_equals_convolution(tubes: tuple[Tube, ...], clip: Tensor, width: int)
 
 def test_tokens_of_all_tubes_start_at_one_scale() -> None:
     torch.manual_seed(0)
-    tokenizer, clip = TubeTokenizer(PAPER_TUBES, 192, positions=False), torch.randn(1, 3, 32, 224, 224)
+    tokenizer, clip = TubeTokenizer(PAPER_TUBES, 192, position="none"), torch.randn(1, 3, 32, 224, 224)
     parts = tokenizer([clip]).split([grid.tokens for grid in grids_of(PAPER_TUBES, (32, 224, 224))])
     scales = torch.stack([part.std() for part in parts])
     assert (scales / scales.mean() - 1).abs().max() < 0.05
@@ -114,7 +116,7 @@ def test_weights_have_the_shape_of_convolutions() -> None:
 def test_bytes_are_brought_to_minus_one_to_one(dtype: torch.dtype) -> None:
     clip = torch.arange(256, dtype=torch.uint8).view(1, 1, 1, 16, 16).expand(1, 3, 1, 16, 16)
     tube = Tube(kernel=(1, 1, 1), stride=(1, 1, 1))
-    tokenizer = TubeTokenizer((tube,), 3, positions=False)
+    tokenizer = TubeTokenizer((tube,), 3, position="none")
     with torch.no_grad():
         tokenizer.tubes[0].weight.copy_(torch.eye(3).view(3, 3, 1, 1, 1))
     tokens = tokenizer.to(dtype)([clip])
@@ -174,8 +176,9 @@ def test_centre_is_that_of_the_union_of_sub_tubes(tube: Tube) -> None:
 
 @pytest.mark.parametrize("frames", [1, 32, 64])
 def test_all_tokens_of_a_clip_have_their_own_position(frames: int) -> None:
-    tokenizer = TubeTokenizer(PAPER_TUBES, 768)
-    embedding = tokenizer.embedding((frames, 224, 224), torch.device("cpu"), torch.float32)
+    positions = FixedPositions(PAPER_TUBES, 768, "fixed")
+    grids = grids_of(PAPER_TUBES, (frames, 224, 224))
+    embedding = positions(grids, torch.device("cpu"), torch.float32)
     distances = torch.cdist(embedding, embedding) + 1e9 * torch.eye(len(embedding))
     assert distances.min() > 0.05
     assert len(embedding) == count(PAPER_TUBES, (frames, 224, 224))
