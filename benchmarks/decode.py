@@ -25,11 +25,12 @@ import torch
 from PIL import Image
 
 from framework.data.loader import training_batches
-from framework.data.manifest import DatasetInfo, ShardInfo, checksum
+from framework.data.manifest import DatasetInfo, ShardInfo
 from framework.data.manifest_writer import write_manifest
 from framework.data.sources import build_plan, open_sources
 from framework.data.video import Backend, Box, VideoRequest, decode_video
 from framework.data.video_torchcodec import torchcodec_works
+from framework.files import hash_file
 from framework.recipe.schema import Recipe
 from framework.world import World
 
@@ -101,7 +102,7 @@ def write(folder: Path, clips: list[bytes]) -> None:
         "frames": COUNT,
     }
     columns |= {name: [value] * count for name, value in {**same, "fps": float(RATE)}.items()}
-    shard = ShardInfo(path.name, path.stat().st_size, checksum(path), count)
+    shard = ShardInfo(path.name, path.stat().st_size, hash_file(path), count)
     write_manifest(folder, columns, [shard], [DatasetInfo("clip", "train", "video", ("one",), count)])
 
 

@@ -20,7 +20,7 @@ from data_tools.items import Failure, Item, Unusable
 from data_tools.pool import Advance
 from data_tools.probe import Media, probe
 from framework.data.manifest import KINDS, SCHEMA
-from framework.data.manifest_writer import replace_file
+from framework.files import replace_file, replace_text
 
 __all__ = ["ROW", "ShardRecord", "ShardTask", "make_shard", "read_record", "shard_name"]
 
@@ -64,13 +64,16 @@ class _HashingFile:
         self._digest = hashlib.blake2b(digest_size=16)
 
     def write(self, data: bytes) -> int:
+        """Hash and write; tarfile asks for no more than this and `tell`."""
         self._digest.update(data)
         return self._file.write(data)
 
     def tell(self) -> int:
+        """Bytes written so far."""
         return self._file.tell()
 
     def hexdigest(self) -> str:
+        """blake2b (16 bytes, hex) of all that was written."""
         return self._digest.hexdigest()
 
 
@@ -107,7 +110,7 @@ def make_shard(task: ShardTask, advance: Advance) -> ShardRecord:
     if not rows:
         path.unlink()
     record = ShardRecord(task.number, task.settings, path.stat().st_size if rows else 0, digest, rows, failed)
-    replace_file(_record_path(task.folder, task.number), lambda file: file.write(_dump(record)))
+    replace_text(_record_path(task.folder, task.number), _dump(record))
     return record
 
 
@@ -130,9 +133,9 @@ def _record_path(folder: Path, number: int) -> Path:
     return folder / f"shard-{number:06d}.done"
 
 
-def _dump(record: ShardRecord) -> bytes:
+def _dump(record: ShardRecord) -> str:
     content = {**vars(record), "failed": [{"key": f.key, "reason": f.reason} for f in record.failed]}
-    return json.dumps(content).encode()
+    return json.dumps(content)
 
 
 def _load(item: Item) -> tuple[bytes, Media]:

@@ -26,8 +26,9 @@ from data_tools.pool import progress_bar, run_tasks
 from data_tools.report import REPORT_NAME, ShardReport
 from data_tools.shard_writer import ROW, ShardRecord, ShardTask, make_shard, read_record, shard_name
 from framework.data.manifest import MANIFEST_NAME, SAMPLES_NAME, DatasetInfo, ShardInfo
-from framework.data.manifest_writer import replace_file, sync_folder, write_manifest
+from framework.data.manifest_writer import write_manifest
 from framework.errors import DataError
+from framework.files import replace_text, sync_folder
 
 __all__ = ["ShardOptions", "shard"]
 
@@ -182,7 +183,7 @@ def _prepare(staging: Path, settings: str) -> None:
         leftover = present
     for path in leftover:
         path.unlink()
-    replace_file(note, lambda file: file.write(settings.encode()))
+    replace_text(note, settings)
 
 
 def _finish(
@@ -210,7 +211,7 @@ def _finish(
         DatasetInfo(plan.name, plan.split, plan.kind, plan.classes, count)
         for plan, count in zip(inventory.datasets, counts, strict=True)
     ]
-    replace_file(staging / REPORT_NAME, lambda file: file.write(report.to_json().encode()))
+    replace_text(staging / REPORT_NAME, report.to_json())
     write_manifest(staging, columns, shards, datasets)
     old = out.with_name(out.name + ".old")
     if overwrite and out.exists():

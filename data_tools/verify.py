@@ -18,8 +18,9 @@ from data_tools.items import Unusable
 from data_tools.pool import Advance, progress_bar, run_tasks
 from data_tools.probe import probe
 from data_tools.report import human_bytes
-from framework.data.manifest import MANIFEST_NAME, SAMPLES_NAME, Manifest, SampleInfo, checksum
+from framework.data.manifest import MANIFEST_NAME, SAMPLES_NAME, Manifest, SampleInfo
 from framework.errors import DataError
+from framework.files import hash_file
 
 __all__ = ["Problem", "VerifyReport", "verify"]
 
@@ -95,7 +96,7 @@ def verify(folder: Path, *, decode: bool = False, workers: int = 1) -> VerifyRep
 
 def _table_problems(manifest: Manifest) -> Iterator[Problem]:
     expected = manifest.samples_checksum
-    if checksum(manifest.folder / SAMPLES_NAME) != expected:
+    if hash_file(manifest.folder / SAMPLES_NAME) != expected:
         yield Problem(SAMPLES_NAME, "its checksum is not that of the manifest: the table was changed")
     shard = manifest.column("shard").astype(numpy.int64)
     counts = numpy.bincount(shard, minlength=len(manifest.shards)).tolist()

@@ -32,7 +32,6 @@ __all__ = [
     "Manifest",
     "SampleInfo",
     "ShardInfo",
-    "checksum",
 ]
 
 FORMAT = "tubeworks-manifest"
@@ -226,15 +225,6 @@ class Manifest:
 
     def _listing(self) -> str:
         return ", ".join(f"{d.name} ({d.kind}, {d.samples} samples)" for d in self.datasets) or "nothing"
-
-
-def checksum(path: Path) -> str:
-    """blake2b (16 bytes, hex) of a whole file."""
-    digest = hashlib.blake2b(digest_size=16)
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _read_manifest_file(folder: Path) -> bytes:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -21,11 +20,11 @@ from framework.data.manifest import (
     VERSION,
     DatasetInfo,
     ShardInfo,
-    checksum,
 )
 from framework.errors import DataError
+from framework.files import hash_file, replace_file, replace_text
 
-__all__ = ["replace_file", "sync_folder", "write_manifest"]
+__all__ = ["write_manifest"]
 
 
 def write_manifest(
@@ -52,38 +51,14 @@ def write_manifest(
         "samples": {
             "file": SAMPLES_NAME,
             "bytes": path.stat().st_size,
-            "blake2b": checksum(path),
+            "blake2b": hash_file(path),
             "count": len(batch),
         },
         "shards": [asdict(shard) for shard in shards],
         "datasets": [asdict(dataset) for dataset in datasets],
     }
     text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-    replace_file(folder / MANIFEST_NAME, lambda file: file.write(text.encode()))
-
-
-def replace_file(path: Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Let `write` fill a temporary file beside `path`, make it durable, and only then give it the name."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with temporary.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames inside `folder` durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    replace_text(folder / MANIFEST_NAME, text)
 
 
 def _record_batch(samples: Mapping[str, Any]) -> pyarrow.RecordBatch:

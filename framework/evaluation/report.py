@@ -12,6 +12,7 @@ from typing import Any
 
 from framework.errors import TubeworksError
 from framework.evaluation.metrics import SourceResult
+from framework.files import replace_text
 
 __all__ = ["EvaluationReport", "show_table", "write_report"]
 
@@ -65,11 +66,9 @@ def write_report(run: Path, report: EvaluationReport) -> Path:
     """
     name = "-".join([f"step-{report.step:08d}", *report.variant]) + ".json"
     path = run / "evaluations" / name
-    temporary = path.with_name(f".{name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(report.as_dict(), indent=2, allow_nan=False) + "\n")
-        temporary.replace(path)
+        replace_text(path, json.dumps(report.as_dict(), indent=2, allow_nan=False) + "\n")
     except OSError as error:
         raise TubeworksError(
             f"{path} cannot be written: {error.strerror or error}. Free space or grant write permission"

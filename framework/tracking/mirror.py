@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Literal
 
 from framework.errors import TubeworksError
+from framework.files import replace_text
 from framework.tracking.git import git_diff, git_state, masked
 from framework.tracking.journal import journal_path, read_journal
 from framework.tracking.lock import RunLock
@@ -126,11 +127,11 @@ class MlflowMirror:
         """What `sync_run` and the artifacts need, whatever happens to this process."""
         self.run.mkdir(parents=True, exist_ok=True)
         kept = {**asdict(self.settings), "uri": masked(self.settings.uri)}
-        (self.run / "tracking.json").write_text(json.dumps(kept, indent=1) + "\n")
+        replace_text(self.run / "tracking.json", json.dumps(kept, indent=1) + "\n")
         if self._dirty:
             attempt = self.settings.attempt
             name = "git.diff" if attempt == 0 else f"git-attempt-{attempt}.diff"
-            (self.run / name).write_text(git_diff())
+            replace_text(self.run / name, git_diff())
 
 
 def settings_of(run: Path, recipe: Recipe, info: RunInfo) -> Settings:

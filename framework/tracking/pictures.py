@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import importlib.util
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
+
+from framework.files import replace_file
 
 if TYPE_CHECKING:
     from framework.data.loader import Batch
@@ -138,7 +139,5 @@ def _fit(text: str, font: Font, width: int) -> str:
 
 def _save(sheet: Image.Image, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    sheet.save(temporary, format="PNG", optimize=True)
-    temporary.replace(path)
+    replace_file(path, lambda file: sheet.save(file, format="PNG", optimize=True))
     return path

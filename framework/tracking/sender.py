@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from framework.errors import TubeworksError
+from framework.files import replace_text
 from framework.tracking.git import masked
 from framework.tracking.journal import Entry, complete_lines, journal_path, parse_line
 from framework.tracking.naming import safe_name
@@ -116,9 +117,7 @@ def save_state(run: Path, state: Mapping[str, Any]) -> None:
     """Write `RUN/mlflow.json` so that a reader sees the old or the new one."""
     path = Path(run) / "mlflow.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".mlflow.json.{os.getpid()}")
-    temporary.write_text(json.dumps(state, indent=1) + "\n")
-    temporary.replace(path)
+    replace_text(path, json.dumps(state, indent=1) + "\n")
 
 
 def batches(lines: list[bytes], offset: int) -> Iterator[Batch]:

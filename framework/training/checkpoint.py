@@ -27,6 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from framework.errors import CheckpointError
+from framework.files import sync_folder
 from framework.training.checkpoint_manifest import (
     checkpoint_folders,
     folder_of,
@@ -36,7 +37,7 @@ from framework.training.checkpoint_manifest import (
 )
 from framework.training.distributed import Peers
 from framework.training.state import AVERAGE, WEIGHT, Fragment, TrainState
-from framework.training.storage import FileEntry, explain_os_error, sync_folder, write_file
+from framework.training.storage import FileEntry, explain_os_error, write_file
 
 __all__ = [
     "CheckpointReader",

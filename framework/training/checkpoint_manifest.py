@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from framework.errors import CheckpointError
-from framework.training.storage import hash_file, write_json
+from framework.files import hash_file
+from framework.training.storage import write_json
 
 __all__ = ["LaterVersion", "checkpoint_folders", "folder_of", "read_manifest", "verify", "write_manifest"]
 

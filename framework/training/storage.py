@@ -1,12 +1,8 @@
-"""Writing files that survive: synced to the disk, hashed, renamed into place.
-
-Every file of a checkpoint and every state file of a run is written here and nowhere else.
-"""
+"""The files of a run folder and its checkpoints, with a message for the user where they cannot be written."""
 
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import shutil
@@ -15,13 +11,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from framework.errors import CheckpointError
+from framework.files import hash_file, replace_text
 
 __all__ = [
     "FileEntry",
     "explain_os_error",
-    "hash_file",
-    "sync_folder",
     "write_file",
     "write_json",
     "write_text",
@@ -29,26 +26,6 @@ __all__ = [
 
 FileEntry = dict[str, Any]
 """`{"name", "bytes", "blake2b"}` of a file inside a checkpoint."""
-
-CHUNK = 1 << 22
-
-
-def hash_file(path: Path) -> str:
-    """The blake2b digest (16 bytes, hex) of a file's bytes."""
-    digest = hashlib.blake2b(digest_size=16)
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames and new names inside a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def write_file(path: Path, write: Callable[[Path], None]) -> FileEntry:
@@ -75,14 +52,8 @@ def write_text(path: Path, text: str) -> None:
     Errors:
         CheckpointError: the disk is full, the folder is not writable, the device fails.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
     with explain_os_error(path):
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync_folder(path.parent)
+        replace_text(path, text)
 
 
 @contextmanager
@@ -92,10 +63,7 @@ def explain_os_error(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise CheckpointError(_advice(path, error.errno, str(error))) from error
-    except Exception as error:
-        # safetensors reports a failed write as its own exception with the system's text inside.
-        if type(error).__name__ != "SafetensorError":
-            raise
+    except SafetensorError as error:  # has no number, only the system's text
         number = errno.ENOSPC if "No space left" in str(error) else errno.EIO
         raise CheckpointError(_advice(path, number, str(error))) from error
 

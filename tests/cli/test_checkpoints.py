@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from framework.errors import CheckpointError
+from framework.files import hash_file
 from framework.recipe import dump_yaml, load_recipe
 from framework.training.checkpoint_manifest import folder_of, write_manifest
-from framework.training.storage import hash_file
 from launch.checkpoints import list_checkpoints, prune_checkpoints, verify_checkpoints
 
 

@@ -18,8 +18,9 @@ import pytest
 from hypothesis import settings
 from PIL import Image
 
-from framework.data.manifest import DatasetInfo, Manifest, ShardInfo, checksum
+from framework.data.manifest import DatasetInfo, Manifest, ShardInfo
 from framework.data.manifest_writer import write_manifest
+from framework.files import hash_file
 from framework.recipe.schema import Recipe
 
 settings.register_profile("any machine", deadline=None)  # a busy machine is no reason to fail
@@ -133,7 +134,7 @@ def write_shards(
                     "extension": medium.extension,
                 }
             )
-        shards.append(ShardInfo(path.name, path.stat().st_size, checksum(path), len(part)))
+        shards.append(ShardInfo(path.name, path.stat().st_size, hash_file(path), len(part)))
     kinds = {medium.dataset: medium.kind for medium in media}
     datasets = [
         DatasetInfo(

@@ -17,10 +17,10 @@ from framework.data.manifest import (
     DatasetInfo,
     Manifest,
     ShardInfo,
-    checksum,
 )
-from framework.data.manifest_writer import replace_file, write_manifest
+from framework.data.manifest_writer import write_manifest
 from framework.errors import DataError
+from framework.files import hash_file, replace_file
 
 DATASETS = (
     DatasetInfo("clips", "train", "video", ("arm wrestling", "größe"), 3),
@@ -53,7 +53,7 @@ def shards_in(folder: Path) -> list[ShardInfo]:
     shards = []
     for name, size, samples in (("shard-000000.tar", 10240, 3), ("shard-000001.tar", 20480, 2)):
         (folder / name).write_bytes(bytes(size))
-        shards.append(ShardInfo(name, size, checksum(folder / name), samples))
+        shards.append(ShardInfo(name, size, hash_file(folder / name), samples))
     return shards
 
 

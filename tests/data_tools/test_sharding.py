@@ -16,7 +16,8 @@ from typing import Any
 
 import pytest
 
-from framework.data.manifest import Manifest, checksum
+from framework.data.manifest import Manifest
+from framework.files import hash_file
 
 Contents = Callable[[Path], dict[str, bytes]]
 
@@ -47,7 +48,7 @@ def test_the_manifest_tells_where_every_byte_is(
     assert report["bytes"] == sum((out / shard.name).stat().st_size for shard in manifest.shards)
     for shard in manifest.shards:
         assert shard.samples <= 7
-        assert checksum(out / shard.name) == shard.blake2b
+        assert hash_file(out / shard.name) == shard.blake2b
     for index in range(len(manifest)):
         sample = manifest.sample(index)
         with tarfile.open(out / sample.shard) as archive:

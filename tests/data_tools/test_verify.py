@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from framework.data.manifest import MANIFEST_NAME, SAMPLES_NAME, Manifest, checksum
+from framework.data.manifest import MANIFEST_NAME, SAMPLES_NAME, Manifest
+from framework.files import hash_file
 
 
 @pytest.fixture
@@ -107,7 +108,7 @@ def test_decoding_finds_what_checksums_cannot(
     table[place] ^= 1
     (shards / SAMPLES_NAME).write_bytes(table)
     content = json.loads((shards / MANIFEST_NAME).read_text())
-    content["samples"]["blake2b"] = checksum(shards / SAMPLES_NAME)
+    content["samples"]["blake2b"] = hash_file(shards / SAMPLES_NAME)
     (shards / MANIFEST_NAME).write_text(json.dumps(content))
     assert tubeworks("verify", shards).code == 0
     done = tubeworks("verify", shards, "--decode", "--json")
