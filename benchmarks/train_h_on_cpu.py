@@ -32,7 +32,7 @@ LIMIT_SECONDS = 3600
 
 def main() -> None:
     """Make the shards, train, kill, resume, report."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, help="where shards and run go; by default a temporary folder")
     parser.add_argument("--result", type=Path, help="JSON file for the figures")
     options = parser.parse_args()
