@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from framework.data.sources import open_sources
 from framework.evaluation.run import SourceResult, evaluate
 from framework.training.session import Session
 
@@ -14,9 +13,7 @@ __all__ = ["evaluate_held_out"]
 
 def evaluate_held_out(session: Session) -> dict[str, SourceResult]:
     """Every held-out sample of every source that names a `validation` folder, once; empty without one."""
-    recipe = session.recipe
-    sources = open_sources(recipe, "validation")
-    if not sources:
+    if not session.held_out:
         return {}
     model = session.engine.module
 
@@ -28,11 +25,11 @@ def evaluate_held_out(session: Session) -> dict[str, SourceResult]:
     try:
         return evaluate(
             forward,
-            sources,
+            session.held_out,
             session.peers.world,
             session.device,
-            recipe.evaluation,
-            workers=recipe.data.workers,
+            session.recipe.evaluation,
+            workers=session.recipe.data.workers,
         )
     finally:
         model.train()

@@ -70,7 +70,7 @@ def train(recipe: Recipe, run: Path, world: World, signals: SignalFlag) -> int:
 
 def prepare(recipe: Recipe, run: Path, device: torch.device, peers: Peers, signals: SignalFlag) -> Session:
     """Everything that can fail before the first step: data, plan, checkpoint, model, engine."""
-    sources, plan = peers.together(lambda: open_data(recipe, peers.world))
+    sources, held_out, plan = peers.together(lambda: open_data(recipe, peers.world))
     peers.on_main(lambda: check_continuation(run, recipe, plan.hash))
     checkpoint = choose_checkpoint(run, peers)
     reader = CheckpointReader(checkpoint) if checkpoint else None
@@ -92,15 +92,21 @@ def prepare(recipe: Recipe, run: Path, device: torch.device, peers: Peers, signa
         state = TrainState(engine, recipe.train.ema_decay)
         if reader:
             state.restore(reader.read, reader.kinds, reader.manifest["optimizer_steps"])
-    return Session(recipe, run, device, peers, signals, sources, plan, batches, engine, state, start)
+    return Session(
+        recipe, run, device, peers, signals, sources, held_out, plan, batches, engine, state, start
+    )
 
 
-def open_data(recipe: Recipe, world: World) -> tuple[dict[str, OpenSource], Plan]:
-    """The training shards and their plan, which fits the ranks."""
+def open_data(recipe: Recipe, world: World) -> tuple[dict[str, OpenSource], dict[str, OpenSource], Plan]:
+    """The training shards, the held-out shards, and the plan of training, which fits the ranks.
+
+    The held-out ones are opened here, too: what is wrong with them must not show after the last step.
+    """
     sources = open_sources(recipe, "train")
+    held_out = open_sources(recipe, "validation")
     plan = build_plan(recipe, sources)
     plan.check(world.size, recipe.train.accumulation)
-    return sources, plan
+    return sources, held_out, plan
 
 
 def record_attempt(session: Session) -> int:

@@ -31,38 +31,18 @@ class Recorder:
     """Writes down what happens; only rank 0 does, the others pass by."""
 
     def __init__(self, session: Session, attempt: int) -> None:
-        recipe, world = session.recipe, session.peers.world
         self._session = session
         self._began = time.perf_counter()
-        self._main = world.is_main
-        self._line = LiveLine(recipe.train.steps, shown=self._main)
-        if not self._main:
-            return
-        self._journal = Journal(session.run, attempt, session.start)
-        hashes = {name: opened.manifest.hash for name, opened in session.sources.items()}
-        info = RunInfo(
-            attempt=attempt,
-            world_size=world.size,
-            plan_hash=session.plan.hash,
-            recipe_hash=recipe_hash(recipe),
-            manifests=hashes,
-        )
-        self._mirror = MlflowMirror(session.run, recipe, info)
-        self._mirror.start()
-        self._system = SystemSampler(session.run) if recipe.tracking.system_metrics else None
-        going_on = f", going on from step {session.start}" if session.start else ""
-        self._line.say(
-            f"{recipe.name} in {session.run}: {recipe.train.steps} steps on {world.size} ranks{going_on}"
-        )
+        self._main = session.peers.world.is_main
+        self._line = LiveLine(session.recipe.train.steps, shown=self._main)
+        # Together, because a folder that cannot be written must end all ranks with the same message.
+        session.peers.on_main(lambda: self._open(attempt))
 
     def fed(self, step: int, micro_batches: Sequence[Batch]) -> None:
         """A step has its data: picture the first batch, write down the replaced samples of every rank."""
         events = [event for batch in micro_batches for event in batch.events]
         if self._main and step == self._session.start and micro_batches:
-            try:
-                batch_sheet(self._session.run, step, micro_batches[0], self._session.sources)
-            except OSError as error:
-                log.warning("the picture of the first batch could not be written: %s", error)
+            batch_sheet(self._session.run, step, micro_batches[0], self._session.sources)
         if self._session.recipe.data.on_corrupt == "substitute":
             self._replaced(step, events)
 
@@ -112,6 +92,26 @@ class Recorder:
             log.warning("%s", error)
         finally:
             self._mirror.close(status, CLOSE_SECONDS[status])
+
+    def _open(self, attempt: int) -> None:
+        """Begin the journal and its mirror (rank 0)."""
+        session, recipe, world = self._session, self._session.recipe, self._session.peers.world
+        self._journal = Journal(session.run, attempt, session.start)
+        hashes = {name: opened.manifest.hash for name, opened in session.sources.items()}
+        info = RunInfo(
+            attempt=attempt,
+            world_size=world.size,
+            plan_hash=session.plan.hash,
+            recipe_hash=recipe_hash(recipe),
+            manifests=hashes,
+        )
+        self._mirror = MlflowMirror(session.run, recipe, info)
+        self._mirror.start()
+        self._system = SystemSampler(session.run) if recipe.tracking.system_metrics else None
+        going_on = f", going on from step {session.start}" if session.start else ""
+        self._line.say(
+            f"{recipe.name} in {session.run}: {recipe.train.steps} steps on {world.size} ranks{going_on}"
+        )
 
     def _write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write to the journal; if rank 0 cannot, all ranks leave with its error."""

@@ -30,6 +30,8 @@ class Session:
     peers: Peers
     signals: SignalFlag
     sources: dict[str, OpenSource]
+    held_out: dict[str, OpenSource]
+    """Held-out samples of the sources that have some."""
     plan: Plan
     batches: Generator[Batch, None, None]
     """The micro-batches of the steps that are left, of this rank."""

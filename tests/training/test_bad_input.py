@@ -75,6 +75,18 @@ def test_no_shards_at_all(recipe_file: Path, tmp_path: Path) -> None:
     assert_refused(job, 3, str(tmp_path / "nowhere"))
 
 
+def test_held_out_shards_are_looked_at_before_the_first_step(recipe_file: Path, tmp_path: Path) -> None:
+    nowhere = tmp_path / "nowhere"
+    job = start_training(recipe_file, tmp_path / "run", 2, f"data.sources.motion.validation={nowhere}")
+    assert_refused(job, 3, str(nowhere))
+    assert not (tmp_path / "run" / "journal.jsonl").exists()
+
+
+def test_a_journal_that_cannot_be_opened_ends_all_ranks_alike(recipe_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "run" / "journal.jsonl").mkdir(parents=True)
+    assert_refused(start_training(recipe_file, tmp_path / "run", 2), 1, "journal.jsonl cannot be written")
+
+
 def test_a_manifest_of_a_later_version(recipe_file: Path, own_shards: Path, tmp_path: Path) -> None:
     path = own_shards / "manifest.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "version": 7}))
