@@ -160,14 +160,34 @@ def _evaluate_on_ranks(run: Path, ranks: int, arguments: list[str]) -> int:
 
 @app.command()
 def describe(
-    name: Annotated[str, typer.Argument(metavar="MODEL|RECIPE", help="Name of a model, or a recipe.")],
+    name: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Argument(metavar="MODEL|RECIPE", help="Name of a model, or a recipe."),
+    ] = None,
     overrides: Overrides = None,
+    search: Annotated[
+        bool,
+        typer.Option(
+            "--search", help="Find tube sets that read most of a clip; MODEL is tubevit_b by default."
+        ),
+    ] = False,
+    gmac: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(min=0.0, help="With --search: at most so many 1e9 multiply-adds a clip."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Say what a model is: tubes, tokens, parameters and FLOPs."""
-    from framework.models.describe import describe_command
+    if gmac is not None and not search:
+        raise typer.BadParameter("is the budget of --search, which is missing", param_hint="--gmac")
+    if name is None and not search:
+        raise typer.BadParameter("name a model such as tubevit_b, or a recipe", param_hint="MODEL|RECIPE")
+    from framework.models.describe import describe_command, search_command
 
-    describe_command(name, overrides or [], as_json=as_json)
+    if search:
+        search_command(name or "tubevit_b", overrides or [], gmac=gmac, as_json=as_json)
+    else:
+        describe_command(name or "", overrides or [], as_json=as_json)
 
 
 @app.command()

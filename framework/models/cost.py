@@ -12,6 +12,7 @@ Operations of one forward pass of one sample are given in the three ways in whic
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -21,6 +22,7 @@ from framework.models.kernels import ResizedProjection
 from framework.models.pooling import AttentionPool, MapPool, ScalarPool
 from framework.models.tubes import CHANNELS
 from framework.models.tubevit import Size, TubeViT
+from framework.recipe.schema import Tube
 
 __all__ = [
     "Cost",
@@ -28,6 +30,7 @@ __all__ = [
     "count_parameters",
     "encoder_multiply_adds",
     "forward_cost",
+    "multiply_adds",
     "sequence_length",
 ]
 
@@ -94,17 +97,23 @@ def forward_cost(model: TubeViT, spec: InputSpec) -> Cost:
 
     Resizing a shared kernel is left out: it is done once per step, whatever the number of samples.
     """
-    size, tubes = model.size, model.tokenizer.shapes
-    width = size.width
+    size, tokens = model.size, sequence_length(model, spec)
     grids = model.tokenizer.grids((spec.frames, spec.size, spec.size))
-    tokens = sequence_length(model, spec)
-    # a token's sub-tubes share its width, so Space-to-Depth leaves the work at volume x width
-    embedding = sum(grid.tokens * CHANNELS * math.prod(tubes[grid.tube].kernel) * width for grid in grids)
-    encoder = encoder_multiply_adds(size, tokens)
-    work = embedding + encoder + _pooling_multiply_adds(model, tokens) + width * spec.classes
+    parts = [(model.tokenizer.shapes[grid.tube], grid.tokens) for grid in grids]
+    work = multiply_adds(model, parts, spec.classes)
     softmax = 2 * size.depth * size.heads * tokens**2
-    elementwise = ELEMENTWISE * width * tokens * size.depth
+    elementwise = ELEMENTWISE * size.width * tokens * size.depth
     return Cost(multiply_adds=work, flops=2 * work, published=round(work + softmax + elementwise))
+
+
+def multiply_adds(model: TubeViT, tubes: Sequence[tuple[Tube, int]], classes: int) -> int:
+    """Multiply-adds of one sample, if the model read it with these tubes, each with its number of tokens."""
+    width = model.size.width
+    tokens = sum(count for _, count in tubes) + (model.class_token is not None)
+    # a token's sub-tubes share its width, so Space-to-Depth leaves the work at volume x width
+    embedding = sum(count * CHANNELS * math.prod(tube.kernel) * width for tube, count in tubes)
+    encoder = encoder_multiply_adds(model.size, tokens)
+    return embedding + encoder + _pooling_multiply_adds(model, tokens) + width * classes
 
 
 def sequence_length(model: TubeViT, spec: InputSpec) -> int:

@@ -1,4 +1,14 @@
-"""What a model is, before it is trained: tubes, tokens, parameters and operations (`tubeworks describe`)."""
+"""What a model is, before it is trained: tubes, tokens, parameters and operations (`tubeworks describe`).
+
+The description is made for programs, and for comparing with what papers print. Its keys:
+
+- `name`, and the numbers of the encoder; `position`, `pool` and `kernels` as in the recipe;
+- `tokens`: of one sample of each source, a class token included;
+- `parameters`, `encoder_parameters` (see `cost.Parameters`) and `parameter_groups`, the parts;
+- `cost`: of one forward pass of one view, in 1e9, counted in three ways (see `cost`): `mac`, `hlo_half` and
+  `flop`. For a model that is described by its name alone, those of a clip; for a recipe, per source;
+- `tubes`, and `sources` with the grids, cost and coverage of each.
+"""
 
 from __future__ import annotations
 
@@ -16,14 +26,23 @@ from rich.console import Console, Group
 from rich.table import Table
 
 from framework.errors import RecipeError
-from framework.models.cost import count_parameters, forward_cost
+from framework.models.cost import count_parameters, forward_cost, sequence_length
+from framework.models.coverage import coverage, search
 from framework.models.inputs import InputSpec, inputs_of
 from framework.models.registry import build_model, model_names
 from framework.models.tubes import sub_stride
 from framework.models.tubevit import TubeViT
 from framework.recipe import Recipe, load_recipe, recipe_names
+from framework.recipe.schema import Tube
 
-__all__ = ["describe", "describe_command", "describe_recipe", "table"]
+__all__ = [
+    "describe",
+    "describe_command",
+    "describe_recipe",
+    "search_command",
+    "search_tubes",
+    "table",
+]
 
 # A model that is described by its name alone reads what the paper's joint training reads (§3.2, §3.5).
 PAPER_INPUTS = """\
@@ -42,11 +61,23 @@ train: {{steps: 1}}
 def describe_command(name_or_recipe: str, overrides: Sequence[str] = (), *, as_json: bool = False) -> None:
     """Write the description of a model to the standard output, as tables or as JSON."""
     description = describe(name_or_recipe, overrides)
+    _write(description if as_json else table(description))
+
+
+def search_command(
+    name_or_recipe: str, overrides: Sequence[str] = (), *, gmac: float | None = None, as_json: bool = False
+) -> None:
+    """Write the tube sets that `search_tubes` finds to the standard output, as a table or as JSON."""
+    result = search_tubes(name_or_recipe, overrides, gmac=gmac)
+    _write(result if as_json else _search_table(result))
+
+
+def _write(what: Any) -> None:
     console = Console()
-    if as_json:
-        console.out(json.dumps(description, indent=2), highlight=False)
+    if isinstance(what, dict):
+        console.out(json.dumps(what, indent=2), highlight=False)
     else:
-        console.print(table(description))
+        console.print(what)
 
 
 def describe(name_or_recipe: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -61,11 +92,18 @@ def describe(name_or_recipe: str, overrides: Sequence[str] = ()) -> dict[str, An
         RecipeError: no such model or recipe, or a recipe that is wrong.
         ModelError: a tube that does not fit.
     """
+    description = describe_recipe(_load(name_or_recipe, overrides))
+    if name_or_recipe in model_names():
+        description["cost"] = description["cost"]["video"]
+    return description
+
+
+def _load(name_or_recipe: str, overrides: Sequence[str]) -> Recipe:
     if name_or_recipe in model_names():
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / f"{name_or_recipe}.yaml"
             path.write_text(PAPER_INPUTS.format(name=name_or_recipe), encoding="utf-8")
-            return describe_recipe(load_recipe(str(path), overrides).recipe)
+            return load_recipe(str(path), overrides).recipe
     known = [*model_names(), *recipe_names()]
     if not Path(name_or_recipe).exists() and name_or_recipe.removesuffix(".yaml") not in known:
         near = difflib.get_close_matches(name_or_recipe, known, n=1, cutoff=0.0)
@@ -73,7 +111,7 @@ def describe(name_or_recipe: str, overrides: Sequence[str] = ()) -> dict[str, An
             f"there is no model, recipe or file `{name_or_recipe}`; did you mean `{near[0]}`? "
             f"Models: {', '.join(model_names())}. Recipes: {', '.join(recipe_names()) or 'none installed'}."
         )
-    return describe_recipe(load_recipe(name_or_recipe, overrides).recipe)
+    return load_recipe(name_or_recipe, overrides).recipe
 
 
 def describe_recipe(recipe: Recipe) -> dict[str, Any]:
@@ -82,35 +120,101 @@ def describe_recipe(recipe: Recipe) -> dict[str, Any]:
     Nothing is allocated: the model is built on the meta device.
     """
     inputs = inputs_of(recipe)
-    with torch.device("meta"):
-        model = build_model(recipe.model, inputs)
-    assert isinstance(model, TubeViT)
-    parameters = count_parameters(model)
+    model = _on_meta(recipe)
+    parameters = asdict(count_parameters(model))
+    total, tubes = parameters.pop("total"), parameters.pop("tubes")
+    sources = {name: _describe_source(model, spec) for name, spec in inputs.items()}
     return {
-        "model": recipe.model.name,
+        "name": recipe.model.name,
         **asdict(model.size),
-        "parameters": {**asdict(parameters), "tubes": list(parameters.tubes)},
+        **{key: getattr(recipe.model, key) for key in ("position", "pool", "kernels")},
+        "tokens": {name: source["tokens"] for name, source in sources.items()},
+        "parameters": total,
+        "encoder_parameters": parameters["encoder"],
+        "parameter_groups": parameters,
+        "cost": {name: source["cost"] for name, source in sources.items()},
         "tubes": [
-            {**tube.model_dump(mode="json"), "sub_stride": list(sub_stride(tube)), "parameters": count}
-            for tube, count in zip(model.tokenizer.shapes, parameters.tubes, strict=True)
+            {**_plain(tube), "sub_stride": list(sub_stride(tube)), "parameters": count}
+            for tube, count in zip(model.tokenizer.shapes, tubes, strict=True)
         ],
-        "sources": {name: _describe_source(model, spec) for name, spec in inputs.items()},
+        "sources": sources,
+    }
+
+
+def _on_meta(recipe: Recipe) -> TubeViT:
+    with torch.device("meta"):
+        model = build_model(recipe.model, inputs_of(recipe))
+    assert isinstance(model, TubeViT)
+    return model
+
+
+def _plain(tube: Tube) -> dict[str, Any]:
+    return tube.model_dump(mode="json")
+
+
+def search_tubes(
+    name_or_recipe: str, overrides: Sequence[str] = (), *, gmac: float | None = None
+) -> dict[str, Any]:
+    """Find tube sets for the first video source of a model or recipe (see `coverage.search`).
+
+    Args:
+        name_or_recipe: as for `describe`.
+        overrides: as for `describe`.
+        gmac: the budget in 1e9 multiply-adds for one forward pass of one clip; None: what its own tubes cost.
+
+    Errors:
+        RecipeError: no such model or recipe, one without a video source, or a budget that is too small.
+    """
+    recipe = _load(name_or_recipe, overrides)
+    videos = [(name, spec) for name, spec in inputs_of(recipe).items() if spec.frames > 1]
+    if not videos:
+        raise RecipeError(f"`{name_or_recipe}` reads no video, so there are no tubes to search for")
+    (source, spec), model = videos[0], _on_meta(recipe)
+    clip = (spec.frames, spec.size, spec.size)
+    own = forward_cost(model, spec).multiply_adds
+    found = search(model, spec, own if gmac is None else gmac * 1e9)
+    return {
+        "name": recipe.model.name,
+        "source": source,
+        "clip": list(clip),
+        "gmac": own / 1e9 if gmac is None else gmac,
+        "own": {
+            "tubes": [_plain(tube) for tube in model.tokenizer.shapes],
+            "tokens": sequence_length(model, spec),
+            "gmac": own / 1e9,
+            "coverage": coverage(model.tokenizer.shapes, clip),
+        },
+        "found": [
+            {
+                "tubes": [_plain(tube) for tube in one.tubes],
+                "tokens": one.tokens,
+                "gmac": one.multiply_adds / 1e9,
+                "coverage": one.coverage,
+            }
+            for one in found
+        ],
     }
 
 
 def _describe_source(model: TubeViT, spec: InputSpec) -> dict[str, Any]:
-    grids = model.tokenizer.grids((spec.frames, spec.size, spec.size))
+    clip = (spec.frames, spec.size, spec.size)
+    grids, cost = model.tokenizer.grids(clip), forward_cost(model, spec)
     return {
         **asdict(spec),
-        "tokens": sum(grid.tokens for grid in grids),
+        "tokens": sequence_length(model, spec),
+        "coverage": coverage(model.tokenizer.shapes, clip),
         "grids": [{"tube": grid.tube, "shape": list(grid.shape), "tokens": grid.tokens} for grid in grids],
-        "cost": asdict(forward_cost(model, spec)),
+        "cost": {
+            "mac": cost.multiply_adds / 1e9,
+            "hlo_half": cost.published / 1e9,
+            "flop": cost.flops / 1e9,
+        },
     }
 
 
 def table(description: dict[str, Any]) -> Group:
     """The description as tables for a terminal."""
-    size = "{model}: width {width}, depth {depth}, {heads} heads, MLP {mlp_width}".format(**description)
+    size = "{name}: width {width}, depth {depth}, {heads} heads, MLP {mlp_width}".format(**description)
     return Group(size, _parameter_table(description), _tube_table(description), _source_table(description))
 
 
@@ -123,13 +227,14 @@ def _plain_table(*headers: str) -> Table:
 
 
 def _parameter_table(description: dict[str, Any]) -> Table:
-    counts = description["parameters"]
+    counts = description["parameter_groups"]
     result = _plain_table("parameters", "number")
     lines = {
-        "total": counts["total"],
+        "total": description["parameters"],
         "encoder (ViT without classifier)": counts["encoder"],
         "tube kernels": counts["tokenizer"],
-        "pooling": counts["pool"],
+        **({"learned positions": counts["positions"]} if counts["positions"] else {}),
+        "pooling": counts["pool"] + counts["class_token"],
         **{f"classifier of {name}": count for name, count in counts["heads"].items()},
     }
     for name, count in lines.items():
@@ -153,9 +258,29 @@ def _tube_table(description: dict[str, Any]) -> Table:
 
 def _source_table(description: dict[str, Any]) -> Table:
     costs = ("GMAC\n", "GFLOP\n(2 per MAC)", "GFLOP\nas published")
-    result = _plain_table("source", "clip", "classes", "tokens", *costs)
+    result = _plain_table("source", "clip", "classes", "tokens", "read", *costs)
     for name, source in description["sources"].items():
-        cost = [f"{source['cost'][key] / 1e9:.4g}" for key in ("multiply_adds", "flops", "published")]
+        cost = [f"{source['cost'][key]:.4g}" for key in ("mac", "flop", "hlo_half")]
         clip = "{frames}x{size}x{size}".format(**source)
-        result.add_row(name, clip, str(source["classes"]), str(source["tokens"]), *cost)
+        numbers = (str(source["classes"]), str(source["tokens"]), f"{source['coverage']:.1%}")
+        result.add_row(name, clip, *numbers, *cost)
     return result
+
+
+def _search_table(result: dict[str, Any]) -> Group:
+    clip = "x".join(map(str, result["clip"]))
+    head = f"{result['name']}, clips of {clip}, at most {result['gmac']:.4g} GMAC a clip; * are its own tubes"
+    lines = _plain_table("tubes: kernel/stride+offset, ×Space-to-Depth", "read", "tokens", "GMAC")
+    for mark, entry in [(" *", result["own"]), *(("", entry) for entry in result["found"])]:
+        tubes = "\n".join(_short(tube) for tube in entry["tubes"]) + mark
+        lines.add_row(tubes, f"{entry['coverage']:.1%}", str(entry["tokens"]), f"{entry['gmac']:.4g}")
+        lines.add_section()
+    return Group(head, lines)
+
+
+def _short(tube: dict[str, Any]) -> str:
+    kernel, stride, offset, factors = (
+        "x".join(map(str, tube[key])) for key in ("kernel", "stride", "offset", "space_to_depth")
+    )
+    shifted = f"+{offset}" if any(tube["offset"]) else ""
+    return f"{kernel}/{stride}{shifted}" + (f", ×{factors}" if max(tube["space_to_depth"]) > 1 else "")

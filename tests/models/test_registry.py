@@ -153,7 +153,7 @@ def test_describe_h_is_fast_and_right() -> None:
     start = time.perf_counter()
     description = describe("tubevit_h")
     assert time.perf_counter() - start < 3
-    assert description["parameters"]["total"] == expected_parameters("tubevit_h")
+    assert description["parameters"] == expected_parameters("tubevit_h")
     video, image = description["sources"]["video"], description["sources"]["image"]
     assert (video["tokens"], image["tokens"]) == (539, 196)
     assert [grid["tokens"] for grid in video["grids"]] == [98, 147, 98, 196]
@@ -168,7 +168,7 @@ def test_describe_takes_overrides_and_recipes(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(json.dumps(recipe_values()))  # JSON is YAML
     mine = describe(str(path), ["data.sources.photos.size=224"])
-    assert mine["model"] == "tubevit_s"
+    assert mine["name"] == "tubevit_s"
     assert mine["sources"]["photos"]["tokens"] == 196
 
 
