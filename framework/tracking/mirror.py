@@ -25,7 +25,7 @@ from framework.files import replace_text
 from framework.tracking.git import git_diff, git_state, masked
 from framework.tracking.journal import journal_path, read_journal
 from framework.tracking.lock import RunLock
-from framework.tracking.naming import flatten
+from framework.tracking.naming import parameter_value, safe_name
 from framework.tracking.sender import Sender, Settings, bound_outages, load_state, reason, save_state
 
 if TYPE_CHECKING:
@@ -145,7 +145,7 @@ def settings_of(run: Path, recipe: Recipe, info: RunInfo) -> Settings:
         experiment=recipe.tracking.experiment,
         artifact_root=artifact_root,
         attempt=info.attempt,
-        params=flatten(recipe.model_dump(mode="json", exclude={"description", "published", "tracking"})),
+        params=_parameters(recipe),
         tags=_tags(recipe, info),
         datasets=dict(info.manifests),
     )
@@ -209,6 +209,17 @@ def _kept_settings(run: Path) -> Settings:
 def _local_store(run: Path) -> tuple[str, str]:
     """Addresses of the database and of the artifacts beside the run folder."""
     return f"sqlite:///{run.parent / 'mlflow.db'}", (run.parent / "mlartifacts").as_uri()
+
+
+def _parameters(recipe: Recipe) -> dict[str, str]:
+    """The recipe's values; what is no setting of the experiment stands in the note or nowhere."""
+    from framework.recipe import flatten
+
+    return {
+        safe_name(key): parameter_value(value)
+        for key, value in flatten(recipe).items()
+        if key.split(".")[0] not in ("description", "published", "tracking")
+    }
 
 
 def _tags(recipe: Recipe, info: RunInfo) -> dict[str, str]:

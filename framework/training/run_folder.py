@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from framework.errors import RecipeError, TubeworksError
-from framework.recipe import dump_yaml, load_recipe, recipe_hash
+from framework.recipe import dump_yaml, flatten, load_recipe, recipe_hash
 from framework.recipe.schema import Recipe
 from framework.tracking.lock import RunLock
 from framework.training.distributed import Peers
@@ -169,7 +169,7 @@ def check_continuation(run: Path, recipe: Recipe, plan_hash: str) -> None:
 
 def differences(before: Recipe, after: Recipe) -> list[tuple[str, str]]:
     """(dotted key, readable line) of every value that differs between two recipes."""
-    old, new = _flatten(before.model_dump(mode="json")), _flatten(after.model_dump(mode="json"))
+    old, new = flatten(before), flatten(after)
     absent = "(absent)"
     return [
         (key, f"{key}: {old.get(key, absent)} -> {new.get(key, absent)}")
@@ -198,12 +198,3 @@ def _may_change(key: str) -> bool:
         if len(wanted) <= len(parts) and all(w in ("*", p) for w, p in zip(wanted, parts, strict=False)):
             return True
     return False
-
-
-def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict) or not value:
-        return {prefix: value}
-    flat: dict[str, Any] = {}
-    for key, inner in value.items():
-        flat |= _flatten(inner, f"{prefix}.{key}" if prefix else str(key))
-    return flat

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mlflow.utils.validation import _validate_metric_name, _validate_param
 
-from framework.tracking.naming import flatten, parameter_value, safe_name
+from framework.tracking.naming import parameter_value, safe_name
 
 
 @pytest.mark.parametrize(
@@ -42,21 +42,19 @@ def test_long_names_stay_different() -> None:
     assert safe_name("a" * 300 + "b") != safe_name("a" * 300 + "c")
 
 
-def test_nested_values_become_dotted_keys() -> None:
-    recipe = {
-        "model": {"tubes": [{"kernel": [8, 8, 8]}, {"kernel": [1, 16, 16]}], "pool": None},
-        "data": {"mixture": {"a": 1}, "empty": {}},
-        "train": {"compile": False, "betas": [0.9, 0.999]},
-    }
-    assert flatten(recipe) == {
-        "model.tubes.0.kernel": "[8, 8, 8]",
-        "model.tubes.1.kernel": "[1, 16, 16]",
-        "model.pool": "none",
-        "data.mixture.a": "1",
-        "data.empty": "{}",
-        "train.compile": "false",
-        "train.betas": "[0.9, 0.999]",
-    }
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (None, "none"),
+        (False, "false"),
+        ([0.9, 0.999], "[0.9, 0.999]"),
+        ({}, "{}"),
+        ("text", "text"),
+        (1e-4, "0.0001"),
+    ],
+)
+def test_values_become_readable_text(value: object, expected: str) -> None:
+    assert parameter_value(value) == expected
 
 
 def test_long_values_are_cut() -> None:
