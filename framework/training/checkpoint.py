@@ -114,7 +114,7 @@ def prune(run: Path, keep: int, keep_every: int) -> list[Path]:
     """Remove all but the newest `keep` and those at multiples of `keep_every`; returns what was removed.
 
     Errors:
-        CheckpointError: a folder cannot be removed.
+        CheckpointError: a folder cannot be renamed.
     """
     removed = []
     for folder in checkpoint_folders(run)[:-keep]:
@@ -125,7 +125,8 @@ def prune(run: Path, keep: int, keep_every: int) -> list[Path]:
         doomed = folder.with_name(f".removing-{folder.name}")
         with explain_os_error(folder):
             folder.rename(doomed)
-            shutil.rmtree(doomed)
+        # On NFS a file that an evaluation reads keeps its folder; the next checkpoint tries again.
+        shutil.rmtree(doomed, ignore_errors=True)
         removed.append(folder)
     return removed
 
@@ -183,7 +184,7 @@ def _fresh_folder(folder: Path) -> None:
         folder.parent.mkdir(parents=True, exist_ok=True)
         for pattern in (".saving-*", ".removing-*"):  # of attempts that were killed meanwhile
             for leftover in folder.parent.glob(pattern):
-                shutil.rmtree(leftover)
+                shutil.rmtree(leftover, ignore_errors=True)
         folder.mkdir()
 
 
