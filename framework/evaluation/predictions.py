@@ -28,6 +28,8 @@ class Predictions:
     def __call__(self, name: str, batch: EvalBatch, logits: Tensor) -> None:
         """Keep samples of a batch until there are enough; the middle view is the one that is pictured."""
         tiles = self._tiles.setdefault(name, [])
+        if len(tiles) >= self._samples:  # asking an accelerator for predictions would wait for it
+            return
         classes = self._sources[name].dataset.classes
         predicted = logits.mean(dim=1).argmax(dim=1).tolist()
         views = batch.pixels.shape[1]
