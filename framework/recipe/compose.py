@@ -25,6 +25,9 @@ __all__ = ["ResolvedRecipe", "dump_yaml", "flatten", "load_recipe", "recipe_hash
 
 OVERRIDE, DEFAULT = "override", "default"
 
+MAX_CHARACTERS = 1_000_000
+"""Of one recipe file; a device or a data file given by mistake would otherwise be read without end."""
+
 
 @dataclass(frozen=True)
 class ResolvedRecipe:
@@ -112,13 +115,15 @@ def _at(node: Node | None, path: Sequence[str]) -> Node | None:
     for key in path:
         if node is not None and isinstance(node.value, dict):
             node = node.value.get(key)
-        elif (
-            node is not None and isinstance(node.value, list) and key.isdigit() and int(key) < len(node.value)
-        ):
+        elif node is not None and isinstance(node.value, list) and _is_index(key, node.value):
             node = node.value[int(key)]
         else:
             return None
     return node
+
+
+def _is_index(key: str, items: list[Node]) -> bool:
+    return key in map(str, range(len(items)))
 
 
 def _load_file(
@@ -127,10 +132,15 @@ def _load_file(
     """The file merged over its bases; None where some file could not be read, which is then a problem."""
     name = shown(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open(encoding="utf-8") as file:
+            text = file.read(MAX_CHARACTERS + 1)
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "this is not UTF-8 text"
         problems.append(Problem(Origin(name), "", f"cannot be read: {reason}"))
+        return None
+    if len(text) > MAX_CHARACTERS:
+        text = f"has more than {MAX_CHARACTERS} characters: this is no recipe"
+        problems.append(Problem(Origin(name), "", text))
         return None
     if path not in files:
         files.append(path)
@@ -238,7 +248,7 @@ def _put(
         return Node({**node.value, here: child}, node.origin)
     dotted = ".".join(done)
     if isinstance(node.value, list):
-        if not here.isdigit() or int(here) >= len(node.value):
+        if not _is_index(here, node.value):
             raise RecipeError(
                 f"`{dotted}` is a list of {len(node.value)}; `{here}` is not one of its numbers from 0"
             )

@@ -78,7 +78,7 @@ def _sentence(finding: Any, schema: type[BaseModel], location: Location, value: 
         return f"must be {words} {context[name]}, not {_shown(value)}"
     if kind == "string_pattern_mismatch":
         return f"must match {context['pattern']} (letters, digits, `_`, `-`), not {_shown(value)}"
-    if kind == "too_short":
+    if kind in ("too_short", "string_too_short"):
         return "must not be empty"
     wanted = _wanted(_annotation(schema, location))
     hint = ""

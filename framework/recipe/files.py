@@ -31,17 +31,25 @@ def find_recipe(name_or_path: str) -> Path:
     Errors:
         RecipeError: there is no such file or name; says which names are near.
     """
-    path = Path(name_or_path).expanduser()
-    if path.exists() and not path.is_dir():
-        return path
-    if path.suffix in SUFFIXES:
+    try:
+        path = Path(name_or_path).expanduser()
+        folder = path.is_dir()
+        if path.exists() and not folder:
+            return path
+    except (OSError, RuntimeError) as error:
+        raise RecipeError(f"cannot look for a recipe {name_or_path}: {error}") from error
+    if path.suffix in SUFFIXES and not folder:
         raise RecipeError(f"there is no recipe file {path}{_near_files(path)}")
     installed = installed_folder() / f"{name_or_path}.yaml"
     names = recipe_names()
     if name_or_path in names:
         return installed
+    if folder:
+        inside = path / "recipe.yaml"
+        hint = f"; did you mean {inside}?" if inside.is_file() else ""
+        raise RecipeError(f"{path} is a folder, and a recipe is a file{hint}")
     near = difflib.get_close_matches(name_or_path, names, n=3, cutoff=0.6)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"installed are: {', '.join(names)}"
+    hint = f"did you mean {' or '.join(near)}?" if near else f"installed are: {', '.join(names)}."
     raise RecipeError(
         f"there is no recipe named {name_or_path!r}; {hint} A recipe of your own: give its path."
     )
@@ -50,9 +58,12 @@ def find_recipe(name_or_path: str) -> Path:
 def find_base(name: str, user: Path) -> Path | None:
     """The file that `base:` of the file `user` names: relative to that file, then among the installed."""
     for folder in (user.parent, installed_folder()):
-        candidate = folder / Path(name).expanduser()
-        if candidate.is_file():
-            return candidate
+        try:
+            candidate = folder / Path(name).expanduser()
+            if candidate.is_file():
+                return candidate
+        except (OSError, RuntimeError, ValueError):  # a name that no file can have
+            continue
     return None
 
 
@@ -78,6 +89,6 @@ def shown(path: Path) -> str:
 def _near_files(path: Path) -> str:
     if not path.parent.is_dir():
         return f" (nor the folder {path.parent})"
-    others = [other.name for other in path.parent.iterdir() if other.suffix in SUFFIXES]
+    others = [other.name for other in path.parent.iterdir() if other.suffix in SUFFIXES and other.is_file()]
     near = difflib.get_close_matches(path.name, others, n=2, cutoff=0.7)
     return f"; did you mean {' or '.join(str(path.parent / name) for name in near)}?" if near else ""

@@ -36,8 +36,12 @@ __all__ = [
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
+Width = Annotated[int, Field(gt=0, le=1_000_000)]
+Depth = Annotated[int, Field(gt=0, le=1_000)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
+Folder = Annotated[str, Field(min_length=1)]
 Triple = tuple[Positive, Positive, Positive]
 Offset = tuple[NonNegative, NonNegative, NonNegative]
 
@@ -74,10 +78,10 @@ class Model(Section):
     """What is built. `name` fixes the size; the optional fields override single numbers of it."""
 
     name: str = "tubevit_b"
-    width: Positive | None = None
-    depth: Positive | None = None
-    heads: Positive | None = None
-    mlp_width: Positive | None = None
+    width: Width | None = None
+    depth: Depth | None = None
+    heads: Width | None = None
+    mlp_width: Width | None = None
     tubes: tuple[Tube, ...] | None = None
     """The tubes one by one. The first one with a temporal kernel of 1 is shared with images."""
     tube_set: TubeSet | None = None
@@ -141,19 +145,27 @@ class Augment(Section):
     """Probability of mirroring left and right; 0 where left and right carry meaning."""
     randaugment: RandAugment | None = None
 
+    @model_validator(mode="after")
+    def _ranges_are_ranges(self) -> Augment:
+        for name, (low, high) in (("crop_area", self.crop_area), ("crop_ratio", self.crop_ratio)):
+            if not 0 < low <= high:
+                text = f"must be two numbers greater than 0, the smaller one first, not [{low}, {high}]"
+                raise BrokenRule(text, name)
+        return self
+
 
 class Source(Section):
     """One stream of samples: which data set of which shards, and how its samples become tensors."""
 
-    path: str
+    path: Folder
     """Folder of shards with its manifest."""
-    validation: str | None = None
+    validation: Folder | None = None
     """Folder of held-out shards with its manifest."""
     dataset: str | None = None
     """Data set inside mixed shards; by default the one named like the source, or the only one."""
     kind: Literal["video", "image"]
-    classes: Positive
-    size: Positive = 224
+    classes: Annotated[int, Field(gt=0, le=100_000_000)]
+    size: Annotated[int, Field(gt=0, le=100_000)] = 224
     """Height and width of the crop in pixels."""
     clip: Clip | None = None
     augment: Augment = Augment()
@@ -183,7 +195,7 @@ class Data(Section):
     mixture: Annotated[dict[Name, Positive], Field(min_length=1)]
     block: Positive = 1024
     """Samples of a lane that are shuffled together (see `framework.data.plan`)."""
-    workers: NonNegative = 2
+    workers: Annotated[int, Field(ge=0, le=1_000)] = 2
     """Processes per rank that decode; 0 decodes in the rank itself."""
     prefetch: Positive = 2
     """Micro-batches that each worker prepares ahead."""
@@ -222,7 +234,7 @@ class Optimizer(Section):
 
     name: Literal["adamw", "adam", "sgd"] = "adamw"
     lr: Annotated[float, Field(gt=0)]
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
     eps: Annotated[float, Field(gt=0)] = 1e-8
     momentum: Fraction = 0.9
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
@@ -294,11 +306,11 @@ class Tracking(Section):
 class Recipe(Section):
     """A whole run."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,127}$")]
     description: str = ""
     published: dict[str, str] = {}
     """The result that the run should give, and where it was published."""
-    seed: NonNegative = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     model: Model
     data: Data
     optimizer: Optimizer

@@ -99,7 +99,7 @@ def test_overrides_are_named_as_they_were_typed(good: str) -> None:
         ("optimizer.lr=.inf", "must be a number greater than 0, not .inf"),
         ("optimizer.lr='1e-3'", "write it without quotes"),
         ("optimizer.betas=[0.9]", "must have 2 values, not [0.9]"),
-        ("optimizer.betas=[0.9, 2]", "optimizer.betas.1: must be at most 1.0, not 2"),
+        ("optimizer.betas=[0.9, 2]", "optimizer.betas.1: must be less than 1.0, not 2"),
         ("model.tubes=[{kernel: [1, 2], stride: [1, 1, 1]}]", "model.tubes.0.kernel: must have 3 values"),
         (
             "model.tubes=[{stride: [1, 1, 1]}]",
@@ -171,3 +171,46 @@ def test_unknown_names_come_with_near_ones() -> None:
         load_recipe("demmo")
     with pytest.raises(RecipeError, match=r"there is no recipe file .*nowhere\.yaml"):
         load_recipe("no/folder/nowhere.yaml")
+
+
+def test_folders_endless_files_and_impossible_names_are_no_recipes(write: Write, good: str) -> None:
+    Path("run").mkdir()
+    with pytest.raises(RecipeError, match=r"run is a folder, and a recipe is a file$"):
+        load_recipe("run")
+    Path("run/recipe.yaml").write_text("name: x\n")
+    with pytest.raises(RecipeError, match=r"did you mean run/recipe\.yaml\?"):
+        load_recipe("run")
+    Path("folder.yaml").mkdir()
+    with pytest.raises(RecipeError, match=r"folder\.yaml is a folder"):
+        load_recipe("folder.yaml")
+    assert "this is no recipe" in complaints(write(long="# " + "long " * 300_000))[0]
+    for name in ("n" * 300, "~nobody-has-this-name/a.yaml"):
+        with pytest.raises(RecipeError, match="cannot look for a recipe"):
+            load_recipe(name)
+        assert "there is no file" in complaints(write(based=f"base: {name}\n"))[0]
+
+
+@pytest.mark.parametrize(
+    ("override", "complaint"),
+    [
+        ("model.depth=1000000000", "must be at most 1000"),
+        ("model.width=1000000000", "must be at most 1000000"),
+        ("data.workers=100000", "must be at most 1000"),
+        (f"seed={2**63}", f"must be less than {2**63}"),
+        ("optimizer.betas=[0.9, 1.0]", "must be less than 1"),
+        ("data.sources.motion.path=''", "must not be empty"),
+        ("data.sources.motion.augment.crop_area=[1.0, 0.5]", "the smaller one first, not [1.0, 0.5]"),
+        ("data.sources.motion.augment.crop_ratio=[0.0, 1.0]", "two numbers greater than 0"),
+        (f"name={'n' * 200}", "must match"),
+    ],
+)
+def test_values_that_could_only_fail_later(good: str, override: str, complaint: str) -> None:
+    (found,) = complaints(good, override)
+    assert found.startswith("command line: ")
+    assert complaint in found
+
+
+@pytest.mark.parametrize("index", ["²", "9" * 5000, "-1", "00", "x"])
+def test_numbers_that_no_list_has(index: str) -> None:
+    (found,) = complaints("demo", f"model.tubes.{index}.kernel=[1, 1, 1]")
+    assert f"`{index}` is not one of its numbers from 0" in found
