@@ -9,7 +9,7 @@ import time
 import numpy as np
 import pytest
 
-from framework.errors import RecipeError
+from framework.errors import ModelError, RecipeError
 from framework.models.coverage import coverage
 from framework.models.describe import describe, search_command, search_tubes
 from framework.models.tube_sets import PAPER_TUBES, TUBE_SETS
@@ -135,3 +135,38 @@ def test_search_writes_a_table_or_json(capsys: pytest.CaptureFixture[str]) -> No
     found = json.loads(capsys.readouterr().out)["found"]
     search_command("tubevit_ti", gmac=3)
     assert f"{found[0]['coverage']:.1%}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("tube", "message"),
+    [
+        ("{kernel: [64, 8, 8], stride: [16, 16, 16]}", r"source video: tube 1 of 2 .*at least 64"),
+        ("{kernel: [8, 8, 8], stride: [0, 16, 16]}", r"tubes\.0\.stride\.0: must be greater than 0, not 0"),
+        (
+            "{kernel: [8, 8, 8], stride: [16, 32, 32], space_to_depth: [3, 1, 1]}",
+            r"tube 1 of 2 .*stride of 16 frames, which its Space-to-Depth factor 3 does not divide",
+        ),
+        (
+            "{kernel: [8, 8, 8], stride: [16, 32, 32], space_to_depth: [4, 1, 1]}",
+            r"tube 1 of 2 .*7 sub-tubes of 32 frames, which its Space-to-Depth factor 4 does not divide",
+        ),
+    ],
+)
+def test_bad_tubes_give_one_clear_line(tube: str, message: str) -> None:
+    tubes = f"model.tubes=[{tube}, {{kernel: [1, 16, 16], stride: [16, 16, 16]}}]"
+    with pytest.raises((RecipeError, ModelError), match=message):
+        describe("tubevit_b", [tubes])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model.heads=7"], "width 768 cannot be cut into 7 heads; model.heads that work: 1, 2, 3, 4"),
+        (["model.tube_set=tow"], "must be one, two, .* did you mean `two`"),
+        (["model.tube_set=two", "model.tubes=[{kernel: [1, 8, 8], stride: [8, 8, 8]}]"], "beside `tubes`"),
+        (["model.interpolate_2d=true"], "needs `kernels: interpolated`"),
+    ],
+)
+def test_options_that_do_not_fit_give_one_clear_line(overrides: list[str], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        describe("tubevit_b", overrides)
