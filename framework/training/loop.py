@@ -145,11 +145,12 @@ def run_steps(session: Session, recorder: Recorder) -> int:
             recorder.log(done, metrics)
             stop_if_not_finite(metrics, done)
             meters.reset()
+        paused = time.perf_counter()
         if done % recipe.checkpoint.every == 0 or done == steps or stop:
             save(session, done, recorder)
         if recipe.train.eval_every and done % recipe.train.eval_every == 0 and done < steps and not stop:
             recorder.evaluated(done, evaluate_held_out(session))
-            meters.reset()
+        meters.leave_out(time.perf_counter() - paused)
         if stop:
             return stop
     return 0

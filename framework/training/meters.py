@@ -47,6 +47,10 @@ class Meters:
             for stage, value in seconds.items():
                 self._stages[stage] = self._stages.get(stage, 0.0) + value
 
+    def leave_out(self, seconds: float) -> None:
+        """Time that saving and evaluating took is no time of the steps."""
+        self._begin += seconds
+
     def collect(self, peers: Peers, weights: Mapping[str, float]) -> dict[str, float]:
         """The metrics of the interval over all ranks; times are this rank's own."""
         totals = peers.sum(torch.stack([self._sums[name].cpu() for name in self._sources]))  # (sources, 3)
