@@ -9,11 +9,10 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed
@@ -30,7 +29,7 @@ from framework.recipe.schema import Evaluation, Recipe
 from framework.tracking.journal import Journal, last_attempt
 from framework.tracking.mirror import sync_run
 from framework.training.checkpoint import load_weights, newest_valid, read_manifest
-from framework.training.distributed import choose_device
+from framework.training.distributed import Peers, choose_device
 from framework.training.state import AVERAGE
 from framework.world import World
 
@@ -92,7 +91,8 @@ def evaluate_run(
     sources = open_sources(recipe, "validation")
     if not sources:
         raise DataError(f"no source of {recipe.name} has held-out shards: set data.sources.NAME.validation")
-    checkpoint = Path(_from_main(lambda: str(newest_valid(run)), world))
+    peers = Peers(world, torch.distributed.group.WORLD if world.size > 1 else None)
+    checkpoint = peers.on_main(lambda: newest_valid(run))
     averaged = _wants_average(checkpoint, weights)
     device = choose_device(world)
     model = _load_model(recipe, checkpoint, averaged, device)
@@ -185,19 +185,3 @@ def _process_group(world: World) -> Iterator[None]:
         yield
     finally:
         torch.distributed.destroy_process_group()
-
-
-def _from_main(decide: Callable[[], str], world: World) -> str:
-    """What rank 0 decides, or its error, on every rank."""
-    if world.size == 1:
-        return decide()
-    answer: list[Any] = [None, None]
-    if world.is_main:
-        try:
-            answer[0] = decide()
-        except TubeworksError as error:
-            answer[1] = error
-    torch.distributed.broadcast_object_list(answer, src=0)
-    if answer[1] is not None:
-        raise answer[1]
-    return answer[0]

@@ -173,11 +173,6 @@ class Sender:
         self._client: MlflowClient | None = None
 
     @property
-    def connected(self) -> bool:
-        """Whether the server has been asked, and has not failed since."""
-        return self._client is not None
-
-    @property
     def offset(self) -> int:
         """Bytes of the journal that are in MLflow."""
         return int(self.state["offset"])

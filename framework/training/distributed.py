@@ -137,8 +137,3 @@ class Peers:
         if self.world.size > 1:
             dist.all_reduce(total, group=self._group)
         return total
-
-    def barrier(self) -> None:
-        """Wait until every rank is here."""
-        if self.world.size > 1:
-            dist.barrier(group=self._group)
