@@ -132,8 +132,6 @@ def _start(
         # torch's handler would raise a worker's death at any line of the program; `next` reports it in here.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL if previous is None else previous)
     children = [child for child in multiprocessing.active_children() if child not in before]
-    if not _workers:
-        atexit.register(_end_all)  # after multiprocessing's own hook, hence run before it
     _workers.update(children)
     return iterator, children
 
@@ -182,3 +180,6 @@ def _end(children: list[BaseProcess]) -> None:
 
 def _end_all() -> None:
     _end(list(_workers))
+
+
+atexit.register(_end_all)  # after multiprocessing's own hook, which torch has imported, hence run before it
