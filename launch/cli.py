@@ -28,6 +28,7 @@ class _Root(TyperGroup):
     """Turns what commands raise into messages and exit codes; a defect keeps its traceback."""
 
     def invoke(self, ctx: Any) -> Any:
+        """Run the command, and leave with the code of what went wrong."""
         try:
             result = super().invoke(ctx)
             sys.stdout.flush()
@@ -259,10 +260,6 @@ def checkpoint_prune(
 def main() -> None:
     """Run the command line; leaves the process with the exit code."""
     app()
-
-
-if __name__ == "__main__":
-    main()
 
 
 if __name__ == "__main__":

@@ -62,6 +62,10 @@ def train_command(recipe: str, overrides: Sequence[str], ranks: int | None, run:
 
 
 def _gpus() -> int:
+    """GPUs that this process may use, counted without torch, which takes seconds to import."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len([name for name in visible.split(",") if name.strip() not in ("", "-1")])
     return len(list(Path("/dev").glob("nvidia[0-9]*")))
 
 

@@ -177,3 +177,11 @@ def test_logs_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("a file")
     with pytest.raises(local.TubeworksError, match="Choose another --run folder"):
         local.run_ranks(["train"], 2, tmp_path / "run" / "logs")
+
+
+@pytest.mark.parametrize(
+    ("visible", "count"), [("", 0), ("-1", 0), ("2", 1), ("0,3", 2), ("MIG-a/1/0,MIG-b/2/0", 2)]
+)
+def test_only_gpus_that_may_be_used_count(monkeypatch: pytest.MonkeyPatch, visible: str, count: int) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert local._gpus() == count
