@@ -82,9 +82,11 @@ class FileReader:
 
     @property
     def identity(self) -> str:
+        """Path, size and time of change."""
         return f"{display(self.path)}:{self.size}:{self.modified}"
 
     def read(self) -> bytes:
+        """The whole file; OSError where it cannot be read."""
         with open(self.path, "rb") as file:
             return file.read()
 
@@ -100,9 +102,11 @@ class MemberReader:
 
     @property
     def identity(self) -> str:
+        """The archive, its time of change, and the place in it."""
         return f"{display(self.archive)}:{self.modified}:{self.offset}:{self.size}"
 
     def read(self) -> bytes:
+        """The member's bytes; Unusable where the archive ends before them."""
         with open(self.archive, "rb") as file:
             file.seek(self.offset)
             data = file.read(self.size)

@@ -118,6 +118,7 @@ class _Reader:
         self.events: Iterator[Event] = iter(())
 
     def document(self, text: str) -> Node | None:
+        """The one document of the text; None where there is nothing in it."""
         if "\0" in text:
             raise _Broken(Problem(Origin(self.file), "", "this is not a text file"))
         root: Node | None = None
