@@ -63,3 +63,15 @@ def test_every_size_in_every_variant(name: str, variant: dict[str, object], tmp_
     expected, found = model.eval()(clips), other.eval()(clips)
     for source in clips:
         assert torch.equal(found[source], expected[source])
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=name_of)
+def test_every_variant_in_bf16(variant: dict[str, object]) -> None:
+    torch.manual_seed(0)
+    model = build("tubevit_ti", variant).eval()
+    clips = {"clips": torch.randint(0, 256, (2, 3, 16, 32, 32), dtype=torch.uint8)}
+    expected = model(clips)["clips"]
+    found = model.to(torch.bfloat16)(clips)["clips"]
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, atol=0.05, rtol=0.05)
+    found.square().sum().backward()
