@@ -26,18 +26,13 @@ from av.video.stream import VideoStream
 from PIL import Image
 
 from data_tools.items import Unusable
+from framework.data.limits import CONTAINER_OPTIONS, IMAGE_FORMATS, MAX_FRAME_SIDE, MAX_IMAGE_PIXELS
 from framework.data.manifest import Kind
 
-__all__ = ["MAX_FRAME_SIDE", "MAX_IMAGE_PIXELS", "Media", "probe"]
+__all__ = ["Media", "probe"]
 
-MAX_IMAGE_PIXELS = 2**26
-MAX_FRAME_SIDE = 8192
 _TOLERANCE = 0.02
-_CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,mpegvideo,flv,asf,ogg"
-# Playlists and the like would make the demuxer open other files or addresses.
-_OPTIONS = {"format_whitelist": _CONTAINERS, "protocol_whitelist": "pipe"}
 logging.getLogger("PIL").setLevel(logging.CRITICAL)  # what is wrong with a file goes to the report
-_IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 _IMAGE_SUFFIXES = {
     "JPEG": "jpg",
     "MPO": "jpg",
@@ -86,7 +81,7 @@ def _probe_image(data: bytes) -> Media:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of sizes that we refuse anyway
-            with Image.open(io.BytesIO(data), formats=_IMAGE_FORMATS) as image:
+            with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
                 width, height = image.size
                 if width * height > MAX_IMAGE_PIXELS:
                     raise Unusable(
@@ -106,7 +101,7 @@ def _probe_image(data: bytes) -> Media:
 
 def _probe_video(data: bytes, suffix: str) -> Media:
     try:
-        container = av.open(io.BytesIO(data), "r", metadata_errors="ignore", options=dict(_OPTIONS))
+        container = av.open(io.BytesIO(data), "r", metadata_errors="ignore", options=dict(CONTAINER_OPTIONS))
     except (av.error.FFmpegError, ValueError) as error:
         raise Unusable(_describe_unknown(data, "video")) from error
     with container:

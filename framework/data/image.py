@@ -15,12 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from framework.data.limits import IMAGE_FORMATS, MAX_IMAGE_PIXELS
 from framework.data.video import Undecodable
 
-__all__ = ["MAX_PIXELS", "decode_image"]
-
-MAX_PIXELS = 1 << 26
-"""Images with more pixels are refused before they are decoded."""
+__all__ = ["decode_image"]
 
 
 def _optional_simplejpeg() -> ModuleType | None:
@@ -37,7 +35,7 @@ def decode_image(data: bytes, *, simplejpeg: bool = True) -> NDArray[np.uint8]:
     """RGB pixels (height, width, 3); grey, palette, CMYK and 16 bits are converted, alpha is dropped.
 
     Errors:
-        Undecodable: the bytes are no image, are cut short, or hold more than `MAX_PIXELS` pixels.
+        Undecodable: the bytes are no image, are cut short, or hold more than `MAX_IMAGE_PIXELS` pixels.
     """
     if simplejpeg and _simplejpeg is not None and data[:3] == b"\xff\xd8\xff":
         try:
@@ -54,7 +52,7 @@ def decode_image(data: bytes, *, simplejpeg: bool = True) -> NDArray[np.uint8]:
 
 def _pillow(data: bytes) -> NDArray[np.uint8]:
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
             _check_size(*image.size)
             if image.mode.startswith("I"):  # 16 bits of grey: `convert` would clip instead of scaling
                 grey = (np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
@@ -67,5 +65,5 @@ def _pillow(data: bytes) -> NDArray[np.uint8]:
 
 
 def _check_size(width: int, height: int) -> None:
-    if width * height > MAX_PIXELS:
-        raise Undecodable(f"{width}x{height} pixels; at most {MAX_PIXELS} are decoded")
+    if width * height > MAX_IMAGE_PIXELS:
+        raise Undecodable(f"{width}x{height} pixels; at most {MAX_IMAGE_PIXELS} are decoded")

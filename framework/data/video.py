@@ -26,21 +26,17 @@ import numpy as np
 from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
 
-__all__ = ["MAX_SIDE", "Backend", "Box", "Undecodable", "VideoRequest", "decode_video", "pyav_frames"]
+from framework.data.limits import CONTAINER_OPTIONS, MAX_FRAME_SIDE
+
+__all__ = ["Backend", "Box", "Undecodable", "VideoRequest", "decode_video", "pyav_frames"]
 
 log = logging.getLogger(__name__)
 
 Backend = Literal["torchcodec", "pyav"]
 Frames = NDArray[np.uint8]
 
-MAX_SIDE = 8192
-"""Frames wider or higher than this are refused before they are decoded."""
 _CHUNK_BYTES = 1 << 26
 _TIMED_FORMATS = {"mp4", "matroska", "webm"}
-_OPTIONS = {
-    "format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,mpegvideo,flv,asf,ogg",
-    "protocol_whitelist": "pipe",
-}
 _RESTART_GAIN = 4  # frames that a restart at a later key frame must save to be worth its flush
 
 
@@ -89,8 +85,9 @@ def decode_video(
     Errors:
         Undecodable: the bytes are no video, a wanted frame does not come out, or frames are too large.
     """
-    if max(request.height, request.width) > MAX_SIDE:
-        raise Undecodable(f"frames of {request.width}x{request.height} pixels; at most {MAX_SIDE} a side")
+    if max(request.height, request.width) > MAX_FRAME_SIDE:
+        size = f"{request.width}x{request.height}"
+        raise Undecodable(f"frames of {size} pixels; at most {MAX_FRAME_SIDE} a side")
     if not request.wanted or request.wanted[-1] >= request.total or request.wanted[0] < 0:
         raise Undecodable(f"frames {list(request.wanted)} asked of a video of {request.total}")
     if backend == "torchcodec":
@@ -155,15 +152,15 @@ def _rgb(reformatter: VideoReformatter, frame: av.VideoFrame, request: VideoRequ
 
 def _container(data: bytes) -> av.container.InputContainer:
     """Open bytes that may come from a stranger: no playlists, no other files, no strict metadata."""
-    return av.open(io.BytesIO(data), "r", metadata_errors="ignore", options=dict(_OPTIONS))
+    return av.open(io.BytesIO(data), "r", metadata_errors="ignore", options=dict(CONTAINER_OPTIONS))
 
 
 def _open(container: av.container.InputContainer) -> av.VideoStream:
     if not container.streams.video:
         raise Undecodable("there is no video stream")
     stream = container.streams.video[0]
-    if max(stream.codec_context.width, stream.codec_context.height) > MAX_SIDE:
-        raise Undecodable(f"frames are larger than {MAX_SIDE} pixels a side")
+    if max(stream.codec_context.width, stream.codec_context.height) > MAX_FRAME_SIDE:
+        raise Undecodable(f"frames are larger than {MAX_FRAME_SIDE} pixels a side")
     stream.thread_type = "NONE"  # frame threads deadlock in forked workers, and cores are full already
     return stream
 

@@ -80,6 +80,12 @@ def test_damaged_images(picture: Image.Image, kind: str, damage: str) -> None:
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
 def test_large_images_are_refused(picture: Image.Image, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(images, "MAX_PIXELS", 41 * 67 - 1)
+    monkeypatch.setattr(images, "MAX_IMAGE_PIXELS", 41 * 67 - 1)
     with pytest.raises(Undecodable, match="67x41 pixels; at most"):
+        decode_image(saved(picture, kind))
+
+
+@pytest.mark.parametrize("kind", ["EPS", "PPM", "TGA"])
+def test_formats_that_no_shard_holds_are_refused(picture: Image.Image, kind: str) -> None:
+    with pytest.raises(Undecodable):
         decode_image(saved(picture, kind))

@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from data_tools.items import Unusable
-from data_tools.probe import MAX_IMAGE_PIXELS, probe
+from data_tools.probe import probe
+from framework.data.limits import MAX_IMAGE_PIXELS
 from framework.data.manifest import Kind
 
 
