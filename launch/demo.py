@@ -62,8 +62,8 @@ def _demo() -> None:
     sys.stdout.write("\n" + table(results) + "\n")
     sys.stdout.write(f"\nall of it took {minutes} min {seconds} s. Where to look:\n")
     sys.stdout.write(f"  {RUN}/recipe.yaml, journal.jsonl, pictures/, evaluations/, checkpoints/\n")
-    sys.stdout.write(f"  .venv/bin/mlflow ui --backend-store-uri sqlite:///{HOME}/mlflow.db, and in a browser\n")
-    sys.stdout.write("  http://127.0.0.1:5000/#/experiments/1?workflowType=machine_learning\n")
+    sys.stdout.write(f"  .venv/bin/mlflow ui --backend-store-uri sqlite:///{HOME}/mlflow.db\n")
+    sys.stdout.write("  and then http://127.0.0.1:5000/#/experiments/1?workflowType=machine_learning\n")
     check(results)
 
 
