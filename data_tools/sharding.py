@@ -153,11 +153,21 @@ def _check_free(out: Path, overwrite: bool) -> None:
 
 @contextmanager
 def _locked(staging: Path) -> Iterator[None]:
-    """Only one process at a time works on a set of shards; the lock ends with the process that holds it."""
+    """Only one process at a time works on a set of shards; the lock ends with the process that holds it.
+
+    A file system without locks (Lustre mounted without `flock`, for one) goes without, and that is said.
+    """
     staging.mkdir(parents=True, exist_ok=True)
     folder = os.open(staging, os.O_RDONLY)
     try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if isinstance(error, BlockingIOError):
+                raise
+            _logger.warning(
+                "%s: cannot be locked (%s): start no second command on it", staging, error.strerror
+            )
         # It may have got its final name between the two lines above.
         if not staging.exists() or not os.path.samestat(os.fstat(folder), staging.stat()):
             raise BlockingIOError

@@ -12,6 +12,8 @@ killed process leaves at most one torn line, which the next `Journal` repairs.
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import json
 import logging
 import math
@@ -23,11 +25,6 @@ from pathlib import Path
 from typing import Any
 
 from framework.errors import TubeworksError
-
-try:
-    import fcntl
-except ImportError:  # not on Windows; there nothing else writes to the run folder at the same time
-    fcntl = None
 
 __all__ = ["Entry", "Journal", "complete_lines", "journal_path", "last_attempt", "parse_line", "read_journal"]
 
@@ -113,7 +110,7 @@ class Journal:
                 written = os.write(self._file, text)
                 if written != len(text):  # a disk that fills up takes part of a line: leave whole lines only
                     os.ftruncate(self._file, size)
-                    raise OSError(28, "no space left on device")
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
             raise _cannot_write(self.path, error) from error
 
@@ -234,14 +231,13 @@ def _start_of_last_line(file: int, size: int, block: int = 65536) -> int:
 def _locked(file: int) -> Iterator[None]:
     """Keep other writers (an evaluation beside the training) out; file systems without locks go without."""
     held = False
-    if fcntl is not None:
-        with contextlib.suppress(OSError):
-            fcntl.flock(file, fcntl.LOCK_EX)
-            held = True
+    with contextlib.suppress(OSError):
+        fcntl.flock(file, fcntl.LOCK_EX)
+        held = True
     try:
         yield
     finally:
-        if held and fcntl is not None:
+        if held:
             fcntl.flock(file, fcntl.LOCK_UN)
 
 

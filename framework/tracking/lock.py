@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 from pathlib import Path
-
-try:
-    import fcntl
-except ImportError:  # not on Windows
-    fcntl = None
 
 __all__ = ["RunLock"]
 
@@ -26,7 +22,7 @@ class RunLock:
 
     def acquire(self) -> bool:
         """Whether the lock is ours now; does not wait."""
-        if self._file >= 0 or fcntl is None:
+        if self._file >= 0:
             return True
         file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import signal
@@ -16,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from data_tools import sharding
 from framework.data.manifest import Manifest
 from framework.files import hash_file
 
@@ -279,6 +281,18 @@ def test_two_runs_do_not_work_on_the_same_shards(
         os.close(folder)
     assert done.code == 3
     assert "another process is making these shards" in done.stderr
+
+
+def test_a_file_system_without_locks_is_said_and_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def no_locks(*_: Any) -> None:  # as Lustre does without its mount option `flock`
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with sharding._locked(tmp_path / "out.partial"):
+        assert (tmp_path / "out.partial").is_dir()
+    assert "cannot be locked" in caplog.text
 
 
 def test_a_place_that_cannot_be_written(
