@@ -17,6 +17,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,8 @@ def save_checkpoint(
         _agree(peers, _attempt(lambda: _fresh_folder(temporary)) if peers.world.is_main else None)
         files: list[FileEntry] = []
         fragments: list[dict[str, Any]] = []
-        _agree(peers, _attempt(lambda: _write_share(temporary, model, state, peers, files, fragments)))
+        fixed = _fixed_tensors(model, peers.world.is_main)  # together, so before a rank can fail to write
+        _agree(peers, _attempt(lambda: _write_share(temporary, model, state, peers, fixed, files, fragments)))
         gathered = peers.gather((files, fragments))
         manifest = {
             "step": step,
@@ -136,6 +138,7 @@ def _write_share(
     model: nn.Module,
     state: TrainState,
     peers: Peers,
+    fixed: dict[str, Tensor],
     files: list[FileEntry],
     fragments: list[dict[str, Any]],
 ) -> None:
@@ -155,7 +158,7 @@ def _write_share(
                 )
         files.append(_write_tensors(folder / _file_name(kind, rank), tensors))
     if rank == 0:
-        files.append(_write_tensors(folder / FIXED, _fixed_tensors(model)))
+        files.append(_write_tensors(folder / FIXED, fixed))
 
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> FileEntry:
@@ -166,13 +169,28 @@ def _file_name(kind: str, rank: int) -> str:
     return f"{kind}-{rank:05d}.safetensors"
 
 
-def _fixed_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Frozen weights and persistent buffers: what no optimizer holds and a loader must not lose."""
+def _fixed_tensors(model: nn.Module, wanted: bool) -> dict[str, Tensor]:
+    """Frozen weights and persistent buffers: what no optimizer holds and a loader must not lose.
+
+    All ranks together; only those that have it `wanted` get copies on the CPU.
+    """
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
-    state = model.state_dict()
-    return {
-        name: tensor.detach().cpu().contiguous() for name, tensor in state.items() if name not in trainable
-    }
+    fixed: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if name not in trainable:
+            with _whole(tensor):
+                if wanted:
+                    fixed[name] = tensor.detach().to("cpu", copy=True).contiguous()
+    return fixed
+
+
+def _whole(tensor: Tensor) -> AbstractContextManager[Any]:
+    """A while in which all ranks have all of a weight: ZeRO-3 cuts frozen ones into pieces, too."""
+    if getattr(tensor, "ds_numel", tensor.numel()) == tensor.numel():
+        return nullcontext()
+    from deepspeed.runtime.zero import GatheredParameters
+
+    return GatheredParameters([tensor])
 
 
 def _full_shape(parameter: nn.Parameter) -> torch.Size:

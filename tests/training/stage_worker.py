@@ -85,6 +85,21 @@ def one_case(recipe: Recipe, peers: Peers, run: Path) -> dict[str, Any]:
     }
 
 
+def frozen_case(recipe: Recipe, peers: Peers, run: Path) -> bool:
+    """Freeze a block, train a step and save: whether its weights are in the checkpoint, unchanged."""
+    torch.manual_seed(1)
+    model = build_model(recipe.model, inputs_of(recipe))
+    frozen = {name: p for name, p in model.named_parameters() if name.startswith("blocks.0.")}
+    before = {name: p.detach().clone() for name, p in frozen.items()}
+    for parameter in frozen.values():
+        parameter.requires_grad_(False)
+    engine = start_engine(model, recipe, peers.world)
+    state = TrainState(engine, recipe.train.ema_decay)
+    train_steps(recipe, peers, engine, state, 0, 1)
+    saved = CheckpointReader(save_checkpoint(run, 1, engine.module, state, peers, {"plan": ""})).weights()
+    return bool(before) and all(torch.equal(saved[name], values) for name, values in before.items())
+
+
 def all_cases(recipe_file: str, folder: str, cases: list[tuple[int, str]]) -> int:
     """Run all cases and leave the results of this rank as JSON."""
     world = World.from_env() or World()
@@ -94,6 +109,11 @@ def all_cases(recipe_file: str, folder: str, cases: list[tuple[int, str]]) -> in
         overrides = (f"engine.zero={stage}", f"engine.precision={precision}")
         recipe = load_recipe(recipe_file, overrides).recipe
         results[f"{stage}-{precision}"] = one_case(recipe, peers, Path(folder) / f"{stage}-{precision}")
+        if precision == "fp32":
+            # ZeRO-3 leaves parameters of less than 100,000 elements whole.
+            wide = load_recipe(recipe_file, (*overrides, "model.width=256", "model.mlp_width=512")).recipe
+            kept = frozen_case(wide, peers, Path(folder) / f"{stage}-frozen")
+            results[f"{stage}-{precision}"]["frozen_kept"] = kept
     (Path(folder) / f"rank-{world.rank}.json").write_text(json.dumps(results))
     torch.distributed.destroy_process_group()
     return 0

@@ -62,6 +62,11 @@ def test_every_element_has_one_owner(
         assert min(owned) > 0.3 * total
 
 
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_frozen_weights_are_saved_whole(results: list[dict[str, Any]], stage: int) -> None:
+    assert results[0][f"{stage}-fp32"]["frozen_kept"]
+
+
 def test_bf16_without_zero_is_refused(make_recipe: Callable[..., Recipe]) -> None:
     with pytest.raises(RecipeError, match="bf16 takes zero: 1"):
         make_recipe("engine.zero=0", "engine.precision=bf16")
