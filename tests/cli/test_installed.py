@@ -71,7 +71,7 @@ def test_recipes_are_found_by_name_outside_of_the_checkout(wheel: Path, tmp_path
     found = json.loads(tubeworks("recipe", "show", "tubevit_b_k400_in1k", "--json"))
     assert found["recipe"]["train"]["steps"] == 300000
     assert all(name.startswith(str(site)) for name in found["files"])
-    assert len(found["files"]) == 2
+    assert len(found["files"]) > 1, "its bases are found too"
 
 
 def test_the_constraints_are_versions_that_setup_allows() -> None:
