@@ -19,6 +19,7 @@ import numpy
 import pyarrow
 
 from framework.errors import DataError
+from framework.files import hash_file
 
 __all__ = [
     "FORMAT",
@@ -123,7 +124,7 @@ class Manifest:
         self.shards = shards
         self.datasets = datasets
         self.samples_checksum = samples_checksum
-        """blake2b that samples.arrow should have; compared by `tubeworks data verify`, not here."""
+        """blake2b that samples.arrow should have; compared by `check_table`."""
         self._batch = batch
         self._columns: dict[str, numpy.ndarray] = {}
 
@@ -131,7 +132,8 @@ class Manifest:
     def open(cls, folder: str | Path) -> Manifest:
         """Read and check the manifest of `folder`: version, presence and sizes of all files.
 
-        Checksums are not computed here (`tubeworks data verify` does that), so that opening stays cheap.
+        Checksums are not computed here, so that opening stays cheap: see `check_table`, and
+        `tubeworks data verify` for the shards.
         Raises DataError that names the folder, what is wrong with it, and what to do.
         """
         folder = Path(folder)
@@ -148,6 +150,22 @@ class Manifest:
             )
         digest = hashlib.blake2b(raw, digest_size=16).hexdigest()
         return cls(folder, digest, shards, datasets, batch, samples_checksum)
+
+    def check_table(self) -> None:
+        """Compare samples.arrow, which holds the labels, with its checksum (about 1 s per GB).
+
+        Raises DataError where it was changed: the checksums of single samples do not cover their labels.
+        """
+        path = self.folder / SAMPLES_NAME
+        try:
+            intact = hash_file(path) == self.samples_checksum
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read ({error.strerror}); check the permissions") from error
+        if not intact:
+            raise DataError(
+                f"{path}: its checksum is not that of {MANIFEST_NAME}: labels or places of samples were"
+                " changed or damaged after it was written; copy the folder again or shard anew"
+            )
 
     def __len__(self) -> int:
         return len(self._batch)
@@ -238,8 +256,10 @@ def _read_manifest_file(folder: Path) -> bytes:
             f"{folder}: no {MANIFEST_NAME} here: not a folder of shards, or one that was copied in part;"
             " make it with `tubeworks data shard`"
         ) from None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); check the permissions") from error
+    except NotADirectoryError:
+        raise DataError(f"{folder}: is a file; give the folder that holds {MANIFEST_NAME}") from None
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read ({error}); check the path and the permissions") from error
 
 
 def _parse(folder: Path, raw: bytes) -> Mapping[str, Any]:

@@ -79,10 +79,11 @@ class ShardReader:
                 f"source {self._source}: shard {path} is missing; it was there when the run started: "
                 "restore it and start again, the run goes on from its last checkpoint"
             ) from None
-        except OSError as error:
+        except (OSError, OverflowError) as error:
+            reason = (error.strerror if isinstance(error, OSError) else None) or error
             raise DataError(
                 f"source {self._source}: cannot read {length} bytes at offset {offset} of {path}: "
-                f"{error.strerror or error}; check the file system and the permissions"
+                f"{reason}; check the file system and the permissions"
             ) from error
         return data
 

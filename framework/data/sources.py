@@ -49,8 +49,8 @@ def open_sources(recipe: Recipe, split: Split = "train") -> dict[str, OpenSource
     """Open the sources of the mixture; for "validation" those that have held-out shards.
 
     Errors:
-        DataError: a folder without a manifest, shards that are missing or short, a data set that is not
-            there, or classes, labels, frames or rates that do not fit the recipe.
+        DataError: a folder without a manifest, shards that are missing or short, a table that was changed, a
+            data set that is not there, or classes, labels, frames or rates that do not fit the recipe.
     """
     opened = {}
     for name in recipe.data.mixture:
@@ -85,6 +85,7 @@ def _plan_source(opened: OpenSource, count: int) -> PlanSource:
 
 def _open_source(name: str, source: Source, folder: Path, split: Split) -> OpenSource:
     manifest = Manifest.open(folder)
+    manifest.check_table()
     dataset = manifest.find(source.dataset, name, source.kind)
     opened = OpenSource(name, source, manifest, dataset, manifest.select(source.dataset, name, source.kind))
     _check_classes(opened)

@@ -269,3 +269,11 @@ def test_a_failed_write_leaves_the_old_file_and_no_rest(tmp_path: Path) -> None:
         replace_file(path, fail)
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_in_place_of_the_folder(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(DataError, match=r"is a file; give the folder that holds manifest\.json"):
+        Manifest.open(tmp_path / "file")
+    with pytest.raises(DataError, match="cannot be read"):
+        Manifest.open("n" * 300)

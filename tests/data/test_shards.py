@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import pickle
 import shutil
@@ -91,3 +92,9 @@ def test_a_shard_that_shrank_or_went_away(shards: Path, tmp_path: Path) -> None:
     (folder / sample.shard).mkdir()
     with pytest.raises(DataError, match="cannot read"):
         reader.read(sample)
+
+
+def test_a_place_that_no_file_has(shards: Path) -> None:
+    sample = dataclasses.replace(Manifest.open(shards).sample(0), offset=2**64 - 1)
+    with pytest.raises(DataError, match=f"cannot read .* at offset {2**64 - 1} of .*shard-000000.tar"):
+        ShardReader(shards, "moves").read(sample)

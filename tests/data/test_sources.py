@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from framework.data.listing import listing
+from framework.data.manifest import SAMPLES_NAME, Manifest
 from framework.data.sources import build_plan, open_sources
 from framework.errors import DataError, RecipeError
 
@@ -37,6 +38,16 @@ def test_a_missing_shard_is_named(shards: Path, tmp_path: Path, make_recipe: Cal
     folder = Path(shutil.copytree(shards, tmp_path / "copy"))
     (folder / "shard-000002.tar").unlink()
     with pytest.raises(DataError, match=r"shard-000002\.tar"):
+        open_sources(make_recipe(folder))
+
+
+def test_a_flipped_byte_among_the_labels(shards: Path, tmp_path: Path, make_recipe: Callable) -> None:
+    folder = Path(shutil.copytree(shards, tmp_path / "copy"))
+    labels = Manifest.open(folder).column("label").astype("<i4").tobytes()
+    table = bytearray((folder / SAMPLES_NAME).read_bytes())
+    table[table.index(labels)] ^= 1
+    (folder / SAMPLES_NAME).write_bytes(table)
+    with pytest.raises(DataError, match=r"samples\.arrow: its checksum is not that of manifest\.json"):
         open_sources(make_recipe(folder))
 
 
