@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from framework.errors import PeerLost, TubeworksError
+from framework.training.storage import explain_os_error
 from framework.world import World
 
 __all__ = ["free_port", "rank_at_fault", "rank_environment", "run_ranks", "train_command"]
@@ -39,6 +40,7 @@ def train_command(recipe: str, overrides: Sequence[str], ranks: int | None, run:
     Errors:
         TubeworksError: of the recipe, or of this rank when it is one of a world that others started.
     """
+    from framework.data.plan import check_shares
     from framework.recipe import load_recipe
 
     if (Path(recipe) / "recipe.yaml").is_file():
@@ -49,6 +51,8 @@ def train_command(recipe: str, overrides: Sequence[str], ranks: int | None, run:
     if world is None:
         wanted = ranks or _gpus() or 1
         if wanted > 1:
+            # The ranks check this too, but each of them costs memory and seconds to start.
+            check_shares(resolved.recipe.data.mixture, wanted, resolved.recipe.train.accumulation)
             return run_ranks(["train", recipe, *overrides, "--run", str(run)], wanted, run / "logs")
         world = World()
         os.environ.update(rank_environment(world, free_port(), os.environ))
@@ -98,12 +102,10 @@ def run_ranks(arguments: Sequence[str], ranks: int, logs: Path) -> int:
     fails, the others get a while to leave and are then killed; the code is that of the rank at fault.
 
     Errors:
-        TubeworksError: the log folder cannot be made.
+        CheckpointError: the log folder cannot be made.
     """
-    try:
+    with explain_os_error(logs):
         logs.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise TubeworksError(f"cannot make {logs}: {error}. Choose another --run folder") from error
     command = rank_command(arguments)
     port = free_port()
     processes: list[subprocess.Popen[bytes]] = []

@@ -23,7 +23,7 @@ import hashlib
 import json
 import math
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 from framework.data.randomness import mix, mix_arrays, stream_key
 from framework.errors import DataError, RecipeError
 
-__all__ = ["Plan", "PlanSource", "StepIds"]
+__all__ = ["Plan", "PlanSource", "StepIds", "check_shares"]
 
 Integers = NDArray[np.int64]
 
@@ -222,20 +222,7 @@ class Plan:
 
     def check(self, world: int, accumulation: int) -> None:
         """Raise RecipeError, with the numbers that work, if the ranks cannot share a step evenly."""
-        common = math.gcd(*self._counts.values())
-        if common % (world * accumulation) == 0:
-            return
-        uneven = [
-            f"{name}: {count}" for name, count in self._counts.items() if count % (world * accumulation) != 0
-        ]
-        ranks = _divisors(common // accumulation) if common % accumulation == 0 else []
-        micros = _divisors(common // world) if common % world == 0 else []
-        raise RecipeError(
-            f"data.mixture cannot be shared by {world} rank(s) x {accumulation} micro-batch(es) a step: "
-            f"not divisible by {world * accumulation}: {', '.join(uneven)}. "
-            f"With train.accumulation={accumulation} these numbers of ranks work: {_listed(ranks)}. "
-            f"With {world} rank(s) these values of train.accumulation work: {_listed(micros)}."
-        )
+        check_shares(self._counts, world, accumulation)
 
     def steps_per_epoch(self, name: str) -> float:
         """How many steps use every sample of a source once; not a whole number in general."""
@@ -244,6 +231,22 @@ class Plan:
     def substitute(self, name: str, epoch: int, index: int, attempt: int) -> int:
         """The sample that replaces a corrupt one, fixed in advance; `attempt` counts failures from 0."""
         return self._orders[name].substitute(epoch, index, attempt)
+
+
+def check_shares(mixture: Mapping[str, int], world: int, accumulation: int) -> None:
+    """Raise RecipeError, with the numbers that work, if ranks cannot share a step of the mixture evenly."""
+    common = math.gcd(*mixture.values())
+    if common % (world * accumulation) == 0:
+        return
+    uneven = [f"{name}: {count}" for name, count in mixture.items() if count % (world * accumulation) != 0]
+    ranks = _divisors(common // accumulation) if common % accumulation == 0 else []
+    micros = _divisors(common // world) if common % world == 0 else []
+    raise RecipeError(
+        f"data.mixture cannot be shared by {world} rank(s) x {accumulation} micro-batch(es) a step: "
+        f"not divisible by {world * accumulation}: {', '.join(uneven)}. "
+        f"With train.accumulation={accumulation} these numbers of ranks work: {_listed(ranks)}. "
+        f"With {world} rank(s) these values of train.accumulation work: {_listed(micros)}."
+    )
 
 
 def _plan_hash(sources: Sequence[PlanSource], seed: int, block: int) -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from framework.errors import CheckpointError, RecipeError
 from framework.world import World
 from launch import local
 
@@ -175,7 +176,7 @@ def test_the_environment_of_a_rank() -> None:
 
 def test_logs_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("a file")
-    with pytest.raises(local.TubeworksError, match="Choose another --run folder"):
+    with pytest.raises(CheckpointError, match="Remove what is in its place, or choose another --run folder"):
         local.run_ranks(["train"], 2, tmp_path / "run" / "logs")
 
 
@@ -185,3 +186,13 @@ def test_logs_that_cannot_be_made(tmp_path: Path) -> None:
 def test_only_gpus_that_may_be_used_count(monkeypatch: pytest.MonkeyPatch, visible: str, count: int) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert local._gpus() == count
+
+
+def test_ranks_that_cannot_share_the_batch_are_not_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local, "run_ranks", lambda *_: pytest.fail("ranks were started"))
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with pytest.raises(RecipeError, match="not divisible by 9999: motion: 32, digits: 96"):
+        local.train_command("demo", [], 9999, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
