@@ -34,8 +34,16 @@ def choose_device(world: World) -> torch.device:
 def start_process_group(world: World, device: torch.device) -> Peers:
     """Start torch.distributed through DeepSpeed: nccl on GPUs, gloo on CPUs.
 
-    MASTER_ADDR and MASTER_PORT must be in the environment when there is more than one rank.
+    MASTER_ADDR and MASTER_PORT must be in the environment when there may be several nodes.
+
+    Errors:
+        TubeworksError: ranks may be on several nodes, and nothing says where rank 0 is.
     """
+    if "MASTER_ADDR" not in os.environ and world.size > world.local_size:
+        raise TubeworksError(
+            f"{world.size} ranks do not know where rank 0 is: set MASTER_ADDR to its host and MASTER_PORT to "
+            "a free port there, the same for all"
+        )
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     os.environ.update(RANK=str(world.rank), WORLD_SIZE=str(world.size), LOCAL_RANK=str(world.local_rank))
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")

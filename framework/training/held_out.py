@@ -11,14 +11,24 @@ from framework.training.session import Session
 __all__ = ["evaluate_held_out"]
 
 
+class _Stopped(Exception):
+    """A signal asked to stop; every rank raises this before the same batch."""
+
+
 def evaluate_held_out(session: Session) -> dict[str, SourceResult]:
-    """Every held-out sample of every source that names a `validation` folder, once; empty without one."""
+    """Every held-out sample of every source that names a `validation` folder, once.
+
+    Empty without such a source, and when a signal broke the evaluation off: a scheduler that wants the nodes
+    back does not wait for it.
+    """
     if not session.held_out:
         return {}
     model = session.engine.module
 
     @torch.no_grad()
     def forward(pixels: dict[str, Tensor]) -> dict[str, Tensor]:
+        if session.peers.highest([session.signals.received])[0]:
+            raise _Stopped
         return model(pixels)
 
     model.eval()
@@ -31,5 +41,7 @@ def evaluate_held_out(session: Session) -> dict[str, SourceResult]:
             session.recipe.evaluation,
             workers=session.recipe.data.workers,
         )
+    except _Stopped:
+        return {}
     finally:
         model.train()

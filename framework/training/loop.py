@@ -62,6 +62,7 @@ def train(recipe: Recipe, run: Path, world: World, signals: SignalFlag) -> int:
                 stopped_by = run_steps(session, recorder)
             if not stopped_by:
                 recorder.evaluated(recipe.train.steps, evaluate_held_out(session))
+                stopped_by = agreed_signal(session)
             status = "KILLED" if stopped_by else "FINISHED"
         finally:
             recorder.close(status)
@@ -92,8 +93,9 @@ def prepare(recipe: Recipe, run: Path, device: torch.device, peers: Peers, signa
         state = TrainState(engine, recipe.train.ema_decay)
         if reader:
             state.restore(reader.read, reader.kinds, reader.manifest["optimizer_steps"])
+    skipped = reader.manifest["skipped_steps"] if reader else 0
     return Session(
-        recipe, run, device, peers, signals, sources, held_out, plan, batches, engine, state, start
+        recipe, run, device, peers, signals, sources, held_out, plan, batches, engine, state, start, skipped
     )
 
 
@@ -116,10 +118,9 @@ def record_attempt(session: Session) -> int:
 
 def run_steps(session: Session, recorder: Recorder) -> int:
     """The steps that are left; returns the signal that ended them early, or 0."""
-    recipe, peers, engine = session.recipe, session.peers, session.engine
+    recipe, peers = session.recipe, session.peers
     steps, accumulation = recipe.train.steps, recipe.train.accumulation
-    schemas = {name: opened.source for name, opened in session.sources.items()}
-    weights = {name: schemas[name].loss_weight for name in recipe.data.mixture}
+    weights = {name: recipe.data.sources[name].loss_weight for name in recipe.data.mixture}
     meters = Meters(recipe.data.mixture, session.device)
     for step in range(session.start, steps):
         began = time.perf_counter()
@@ -127,29 +128,25 @@ def run_steps(session: Session, recorder: Recorder) -> int:
         waited = time.perf_counter() - began
         recorder.fed(step, micro_batches)
 
-        lr = learning_rate(step, base=recipe.optimizer.lr, steps=steps, schedule=recipe.schedule)
-        for group in engine.optimizer.param_groups:
-            group["lr"] = lr
-        norm = None
-        for batch in micro_batches:
-            engine.backward(micro_step(engine, batch, schemas, session.device, meters))
-            norm = unsharded_norm(engine)
-            engine.step()
-        finish_step(session, step)
+        lr, norm = take_step(session, step, micro_batches, meters)
 
         done = step + 1
         meters.step_done(waited, (batch.seconds for batch in micro_batches))
-        stop = peers.highest([session.signals.received])[0]
+        stop = agreed_signal(session)
         if done % recipe.train.log_every == 0 or done == steps or stop:
             metrics = meters.collect(peers, weights) | optimizer_metrics(session, lr, norm)
             recorder.log(done, metrics)
             stop_if_not_finite(metrics, done)
             meters.reset()
         paused = time.perf_counter()
-        if done % recipe.checkpoint.every == 0 or done == steps or stop:
+        saved = done % recipe.checkpoint.every == 0 or done == steps or bool(stop)
+        if saved:
             save(session, done, recorder)
         if recipe.train.eval_every and done % recipe.train.eval_every == 0 and done < steps and not stop:
             recorder.evaluated(done, evaluate_held_out(session))
+            stop = agreed_signal(session)
+            if stop and not saved:
+                save(session, done, recorder)
         meters.leave_out(time.perf_counter() - paused)
         if stop:
             return stop
@@ -167,6 +164,28 @@ def next_step(batches: Iterator[Batch], accumulation: int, peers: Peers) -> list
     if peers.highest([failure is not None])[0]:
         peers.raise_first(failure)
     return micro_batches
+
+
+def take_step(
+    session: Session, step: int, micro_batches: list[Batch], meters: Meters
+) -> tuple[float, torch.Tensor | None]:
+    """Forward, backward and update; returns the learning rate, and under ZeRO-0 the gradients' norm."""
+    recipe, engine = session.recipe, session.engine
+    lr = learning_rate(step, base=recipe.optimizer.lr, steps=recipe.train.steps, schedule=recipe.schedule)
+    for group in engine.optimizer.param_groups:
+        group["lr"] = lr
+    norm = None
+    for batch in micro_batches:
+        engine.backward(micro_step(engine, batch, recipe.data.sources, session.device, meters))
+        norm = unsharded_norm(engine)
+        engine.step()
+    finish_step(session, step)
+    return lr, norm
+
+
+def agreed_signal(session: Session) -> int:
+    """The signal that asked any rank to stop, on every rank; 0 while there is none."""
+    return session.peers.highest([session.signals.received])[0]
 
 
 def finish_step(session: Session, step: int) -> None:

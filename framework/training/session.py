@@ -41,4 +41,4 @@ class Session:
     start: int
     """Steps that were done when the attempt began."""
     skipped: int = 0
-    """Steps of this attempt that the optimizer did not apply."""
+    """Steps that the optimizer did not apply, in this attempt and before."""

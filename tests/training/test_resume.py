@@ -76,6 +76,18 @@ def test_asked_to_stop_by_a_signal_to_one_rank(
     assert_same_run(run, whole)
 
 
+def test_a_signal_breaks_an_evaluation_off(recipe_file: Path, shards: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    held_out = [f"data.sources.{name}.validation={shards}/val" for name in ("motion", "digits")]
+    long_evaluation = ["train.eval_every=2", "evaluation.temporal_views=400", "evaluation.batch=1"]
+    job = start_training(recipe_file, run, 2, "train.steps=4", *held_out, *long_evaluation)
+    wait_for_step(job, run, 2)
+    job.send(signal.SIGTERM, ranks=[1])
+    assert job.wait() == [128 + signal.SIGTERM] * 2, job.said()[-2000:]
+    assert [folder.name for folder in checkpoint_folders(run)] == ["step-00000002"]
+    assert "eval/" not in (run / "journal.jsonl").read_text()
+
+
 def test_a_killed_rank_lets_the_others_leave(recipe_file: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     job = start_training(recipe_file, run, 2, *LONG)
