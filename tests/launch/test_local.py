@@ -32,7 +32,7 @@ def run_program(tmp_path: Path, program: str, ranks: int = 2) -> subprocess.Pope
             import sys
             from pathlib import Path
             from launch import local
-            local.GRACE_SECONDS, local.TOGETHER_SECONDS = 1.0, 4.0
+            local.GRACE_SECONDS, local.TOGETHER_SECONDS = 5.0, 10.0
             local.rank_command = lambda arguments: [sys.executable, *arguments]
             sys.exit(local.run_ranks([{str(script)!r}], {ranks}, Path({str(tmp_path / "logs")!r})))
             """
