@@ -213,7 +213,7 @@ def inspect_command(folder: Folder, as_json: AsJson = False) -> None:
 def plan(
     recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="Path or name of a recipe.")],
     overrides: Annotated[Optional[List[str]], typer.Argument(metavar="[KEY=VALUE]...")] = None,  # noqa: UP006, UP045
-    step: Annotated[int, typer.Option("--step", min=0, help="Global step.")] = 0,
+    step: Annotated[int, typer.Option("--step", min=0, max=10**12, help="Global step.")] = 0,
     world: Annotated[int, typer.Option("--world", min=1, help="Number of ranks.")] = 1,
     rank: Annotated[int, typer.Option("--rank", min=0, help="Which rank's share.")] = 0,
     as_json: AsJson = False,

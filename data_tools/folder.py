@@ -100,7 +100,7 @@ def _single_kind(path: Path, found: Sequence[_Found]) -> Kind:
         )
     if len(counts) > 1:
         listing = " and ".join(f"{counts[kind]} {kind}s" for kind in KINDS)
-        raise DataError(f"{path}: holds {listing}; one data set is of one kind: say which with `kind`")
+        raise DataError(f"{path}: holds {listing}; one data set is of one kind: say which with --kind")
     return next(iter(counts))
 
 

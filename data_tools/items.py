@@ -6,9 +6,11 @@ the data sets and items of one set of shards; from there on nothing depends on w
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
+import stat
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -76,8 +78,10 @@ class FileReader:
 
     @classmethod
     def of(cls, path: str | Path | os.DirEntry[str]) -> FileReader:
-        """The file at `path` as it is now."""
+        """The file at `path` as it is now; OSError for what may have no end, such as a pipe or a device."""
         status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", os.fspath(path))
         return cls(os.fspath(path), status.st_size, status.st_mtime_ns)
 
     @property

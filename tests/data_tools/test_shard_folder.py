@@ -104,6 +104,8 @@ def test_what_is_no_sample_is_named(
         }
     )
     (root / "cat" / "dangling.jpg").symlink_to(root / "nowhere.jpg")
+    (root / "cat" / "endless.jpg").symlink_to("/dev/zero")
+    os.mkfifo(root / "cat" / "pipe.jpg")
     out = tmp_path / "shards"
     done = tubeworks("shard", "folder", "--input", root, "--name", "pets", "--out", out, "--json")
     assert done.code == 0
@@ -119,6 +121,8 @@ def test_what_is_no_sample_is_named(
         "pets/README.md": "outside the class folders",
         "pets/dog-only": "empty file",
         "pets/cat/dangling.jpg": "cannot be read",
+        "pets/cat/endless.jpg": "not a regular file",
+        "pets/cat/pipe.jpg": "not a regular file",
     }
     assert reasons.keys() == expected.keys()
     for key, reason in expected.items():
