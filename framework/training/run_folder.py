@@ -21,6 +21,7 @@ from framework.errors import RecipeError, TubeworksError
 from framework.recipe import dump_yaml, flatten, load_recipe, recipe_hash
 from framework.recipe.schema import Recipe
 from framework.tracking.lock import RunLock
+from framework.training.checkpoint_manifest import checkpoint_folders
 from framework.training.distributed import Peers
 from framework.training.storage import explain_os_error, write_json, write_text
 from framework.world import World
@@ -97,13 +98,23 @@ def read_run(run: Path) -> dict[str, Any] | None:
         return None
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
-        version = state["version"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise TubeworksError(f"cannot read {path}: {error}. Restore it, or use a new --run folder") from error
-    if version > VERSION:
-        raise TubeworksError(
-            f"{path} has version {version}, this tubeworks knows up to {VERSION}: upgrade it"
+        later = int(state["version"]) > VERSION
+        whole = later or (
+            isinstance(state["plan"], str) and all(isinstance(one, dict) for one in state["attempts"])
         )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = (
+            str(error) if isinstance(error, (OSError, ValueError)) else "it is not what was written there"
+        )
+        raise TubeworksError(
+            f"cannot read {path}: {reason}. Restore it, or use a new --run folder"
+        ) from error
+    if later:
+        raise TubeworksError(
+            f"{path} has version {state['version']}, this tubeworks knows up to {VERSION}: upgrade it"
+        )
+    if not whole:
+        raise TubeworksError(f"{path} is damaged. Restore it, or use a new --run folder")
     return state
 
 
@@ -147,8 +158,14 @@ def check_continuation(run: Path, recipe: Recipe, plan_hash: str) -> None:
 
     Errors:
         RecipeError: something that shapes the experiment differs; every difference is listed.
+        TubeworksError: the folder's own files are damaged or gone.
     """
     if not (run / "recipe.yaml").exists():
+        if (run / "run.json").exists() or checkpoint_folders(run):
+            raise TubeworksError(
+                f"{run} holds a run without its recipe.yaml: nobody can tell whether it was this recipe. "
+                "Restore the file, or use a new --run folder"
+            )
         return
     before = load_recipe(str(run / "recipe.yaml")).recipe
     changed = [line for key, line in differences(before, recipe) if not _may_change(key)]

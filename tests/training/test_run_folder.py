@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rank_processes import start_training
@@ -86,7 +88,7 @@ def test_a_changed_recipe_is_refused_on_the_command_line(recipe_file: Path, run_
 
 
 def test_other_shards_are_refused(recipe_file: Path, run_copy: Path, tmp_path: Path) -> None:
-    counts = {"train_videos": 24, "val_videos": 8, "train_images": 24, "val_images": 10}
+    counts: dict[str, Any] = {"train_videos": 24, "val_videos": 8, "train_images": 24, "val_images": 10}
     synthesize(SynthOptions(tmp_path / "shards", size=16, frames=6, seed=1, **counts))
     others = [f"data.sources.{name}.path={tmp_path}/shards/train" for name in ("motion", "digits")]
     job = start_training(recipe_file, run_copy, 1, *others)
@@ -108,6 +110,27 @@ def test_a_damaged_run_json_is_named(tmp_path: Path, content: str) -> None:
     (tmp_path / "run.json").write_text(content)
     with pytest.raises(TubeworksError, match=r"cannot read .*run\.json"):
         read_run(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content", ['{"version": "x"}', '{"version": 1}', '{"version": 1, "plan": "", "attempts": [3]}']
+)
+def test_a_run_json_of_other_content_is_named(tmp_path: Path, content: str) -> None:
+    (tmp_path / "run.json").write_text(content)
+    with pytest.raises(TubeworksError, match=r"run\.json.*Restore it, or use a new --run folder"):
+        read_run(tmp_path)
+
+
+def test_a_run_without_its_recipe_does_not_take_another(
+    trained: Path, tmp_path: Path, make_recipe: Callable[..., Recipe]
+) -> None:
+    run = Path(shutil.copytree(trained, tmp_path / "run"))
+    (run / "recipe.yaml").unlink()
+    for gone in (None, "run.json"):
+        if gone:
+            (run / gone).unlink()
+        with pytest.raises(TubeworksError, match=r"a run without its recipe\.yaml"):
+            check_continuation(run, make_recipe(), plan_of(trained))
 
 
 def test_a_later_run_json_is_refused(tmp_path: Path) -> None:
