@@ -37,6 +37,9 @@ __all__ = ["evaluate_command", "evaluate_run", "parse_views"]
 
 logger = logging.getLogger(__name__)
 
+MAX_VIEWS = 1000
+"""Temporal views of a sample; more would only exhaust the memory."""
+
 
 def evaluate_command(
     run: Path,
@@ -133,8 +136,11 @@ def parse_views(views: str | None, settings: Evaluation) -> Evaluation:
     if views is None:
         return settings
     temporal, _, spatial = views.lower().partition("x")
-    if not (temporal.isdigit() and int(temporal) > 0 and spatial in ("1", "3")):
-        raise RecipeError(f"--views {views}: say temporal x spatial views, such as 4x3; spatial is 1 or 3")
+    if not (temporal in map(str, range(1, MAX_VIEWS + 1)) and spatial in ("1", "3")):
+        raise RecipeError(
+            f"--views {views}: say temporal x spatial views, such as 4x3; temporal is 1 to {MAX_VIEWS}, "
+            "spatial is 1 or 3"
+        )
     return settings.model_copy(update={"temporal_views": int(temporal), "spatial_views": int(spatial)})
 
 

@@ -105,7 +105,7 @@ def test_raw_weights_repeat_the_evaluation_at_the_end_of_training(
     assert again["digits"]["loss"] == pytest.approx(trained["eval/digits/loss"], rel=1e-5)
 
 
-@pytest.mark.parametrize("views", ["4", "0x3", "4x2", "x", "-1x3", "4x3x1"])
+@pytest.mark.parametrize("views", ["4", "0x3", "4x2", "x", "-1x3", "4x3x1", "²x1", "100000x1"])
 def test_views_that_do_not_exist_are_explained(views: str) -> None:
     with pytest.raises(RecipeError, match="such as 4x3"):
         parse_views(views, Evaluation())
