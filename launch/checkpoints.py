@@ -75,8 +75,12 @@ def prune_checkpoints(run: Path, keep: int | None, keep_every: int | None) -> No
 
 def _folders(run: Path) -> list[Path]:
     folders = checkpoint_folders(run)
+    if not run.is_dir():
+        raise CheckpointError(f"there is no run folder {run}")
     if not folders:
-        raise CheckpointError(f"there are no checkpoints in {run / 'checkpoints'}")
+        damaged = sorted(path.name for path in run.glob("checkpoints/damaged-*"))
+        aside = f", only what was set aside as damaged: {', '.join(damaged)}" if damaged else ""
+        raise CheckpointError(f"there are no checkpoints in {run / 'checkpoints'}{aside}")
     return folders
 
 

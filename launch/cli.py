@@ -6,6 +6,7 @@ Whatever takes long to import (torch, DeepSpeed, MLflow, pydantic) is imported i
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -42,6 +43,13 @@ class _Root(TyperGroup):
             # whoever read our output has left; Python must not complain when it flushes at exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(141)
+        except OSError as error:
+            # a file has a name, and what went wrong with it is told where it is used; output has none
+            if error.filename is not None or error.errno not in (errno.ENOSPC, errno.EIO):
+                raise
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            typer.echo(f"error: cannot write the output: {error.strerror}", err=True)
+            sys.exit(1)
         return result
 
 

@@ -90,3 +90,12 @@ def test_a_run_without_checkpoints_is_an_error(tmp_path: Path) -> None:
     for command in (list_checkpoints, verify_checkpoints):
         with pytest.raises(CheckpointError, match="there are no checkpoints"):
             command(tmp_path, False)
+
+
+def test_what_is_not_there_and_what_was_set_aside(run: Path) -> None:
+    with pytest.raises(CheckpointError, match="there is no run folder nowhere"):
+        list_checkpoints(Path("nowhere"), as_json=False)
+    for step in (100, 200, 300, 400):
+        folder_of(run, step).rename(run / "checkpoints" / f"damaged-step-{step:08d}")
+    with pytest.raises(CheckpointError, match="set aside as damaged: damaged-step-00000100, damaged-step-0"):
+        verify_checkpoints(run, as_json=False)

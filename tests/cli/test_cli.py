@@ -128,3 +128,11 @@ def test_interrupting_ends_quietly_with_130(tmp_path: Path) -> None:
     assert process.returncode == 130
     assert "Traceback" not in complaint
     os.close(writer)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_output_that_cannot_be_written() -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([*TUBEWORKS, "recipe", "list"], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1
+    assert done.stderr == "error: cannot write the output: No space left on device\n"
