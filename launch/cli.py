@@ -44,11 +44,13 @@ class _Root(TyperGroup):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(141)
         except OSError as error:
-            # a file has a name, and what went wrong with it is told where it is used; output has none
-            if error.filename is not None or error.errno not in (errno.ENOSPC, errno.EIO):
+            if error.filename is None and error.errno in (errno.ENOSPC, errno.EIO):  # output has no name
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                typer.echo(f"error: cannot write the output: {error.strerror}", err=True)
+            elif error.filename is not None and error.errno in (errno.EACCES, errno.ENAMETOOLONG):
+                typer.echo(f"error: {error.filename}: {error.strerror}; check the path", err=True)
+            else:
                 raise
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            typer.echo(f"error: cannot write the output: {error.strerror}", err=True)
             sys.exit(1)
         return result
 

@@ -136,3 +136,11 @@ def test_output_that_cannot_be_written() -> None:
         done = subprocess.run([*TUBEWORKS, "recipe", "list"], stdout=full, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 1
     assert done.stderr == "error: cannot write the output: No space left on device\n"
+
+
+@pytest.mark.parametrize("command", [["train"], ["ckpt", "list"], ["sync"], ["data", "inspect"]])
+def test_paths_that_no_file_can_have(command: list[str]) -> None:
+    done = tubeworks(*command, "n" * 300)
+    assert done.returncode > 0
+    assert "File name too long" in done.stderr
+    assert "Traceback" not in done.stderr
