@@ -202,6 +202,15 @@ def describe(
 
 
 @app.command()
+def pictures(run: Run) -> None:
+    """Draw what a run's newest checkpoint has learned: kernels, what its tubes read, positions."""
+    from framework.evaluation.anatomy import pictures_command
+
+    for path in pictures_command(run):
+        typer.echo(path)
+
+
+@app.command()
 def sync(run: Run) -> None:
     """Send what the journal of a run holds and MLflow does not have yet."""
     from framework.tracking import sync as sync_run

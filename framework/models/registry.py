@@ -10,11 +10,21 @@ from torch import nn
 
 from framework.errors import RecipeError
 from framework.models.inputs import InputSpec, inputs_of
+from framework.models.tokenizer import TubeTokenizer
 from framework.models.tube_sets import PAPER_TUBES, TUBE_SETS
 from framework.models.tubevit import Size, TubeViT
 from framework.recipe.schema import Model, Tube
 
-__all__ = ["SIZES", "InputSpec", "build_model", "inputs_of", "model_names", "size_of", "tubes_of"]
+__all__ = [
+    "SIZES",
+    "InputSpec",
+    "build_model",
+    "build_tokenizer",
+    "inputs_of",
+    "model_names",
+    "size_of",
+    "tubes_of",
+]
 
 log = logging.getLogger(__name__)
 
@@ -89,6 +99,22 @@ def build_model(model: Model, inputs: Mapping[str, InputSpec]) -> nn.Module:
         pool=model.pool,
         dropout=model.dropout,
         stochastic_depth=model.stochastic_depth,
+    )
+
+
+def build_tokenizer(model: Model, inputs: Mapping[str, InputSpec]) -> TubeTokenizer:
+    """The tokenizer that `build_model` would make, alone: for looking at what it learned.
+
+    Errors:
+        ModelError: a tube does not fit the width or a source.
+    """
+    tubes = tubes_of(model)
+    return TubeTokenizer(
+        tubes,
+        size_of(model).width,
+        clips=[(spec.frames, spec.size, spec.size) for spec in inputs.values()],
+        position=model.position,
+        interpolated=_interpolated(model, tubes),
     )
 
 

@@ -276,13 +276,15 @@ class CheckpointReader:
             )
         return result
 
-    def tensors(self, kind: str = WEIGHT) -> Iterator[tuple[str, Tensor]]:
-        """All weights in full, one by one, float32, by their names in the model, and what is fixed."""
+    def tensors(self, kind: str = WEIGHT, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+        """Weights in full, one by one, float32, by their names in the model, and what is fixed."""
         for name in self._file(FIXED).keys():  # noqa: SIM118
-            yield name, self._file(FIXED).get_tensor(name)
+            if name.startswith(prefix):
+                yield name, self._file(FIXED).get_tensor(name)
         for name, shape in self.manifest["shapes"].items():
-            count = int(torch.Size(shape).numel())
-            yield name, self.read(kind, Fragment(name, 0, count, 0)).view(shape)
+            if name.startswith(prefix):
+                count = int(torch.Size(shape).numel())
+                yield name, self.read(kind, Fragment(name, 0, count, 0)).view(shape)
 
     def weights(self, kind: str = WEIGHT) -> dict[str, Tensor]:
         """All weights in full, float32, by their names in the model; frozen weights and buffers included."""

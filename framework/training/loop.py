@@ -61,6 +61,7 @@ def train(recipe: Recipe, run: Path, world: World, signals: SignalFlag) -> int:
             with closing(session.batches):
                 stopped_by = run_steps(session, recorder)
             if not stopped_by:
+                recorder.finished(recipe.train.steps)
                 recorder.evaluated(recipe.train.steps, evaluate_held_out(session))
                 stopped_by = agreed_signal(session)
             status = "KILLED" if stopped_by else "FINISHED"

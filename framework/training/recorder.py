@@ -9,12 +9,14 @@ from pathlib import Path
 
 from framework.data.loader import Batch
 from framework.errors import TubeworksError
+from framework.evaluation.anatomy import draw_anatomy
 from framework.evaluation.run import SourceResult
 from framework.recipe import recipe_hash
 from framework.tracking import Journal, MlflowMirror, RunInfo
 from framework.tracking.mirror import Status
 from framework.tracking.pictures import batch_sheet
 from framework.tracking.system import SystemSampler
+from framework.training.checkpoint_manifest import folder_of
 from framework.training.console import LiveLine, format_seconds
 from framework.training.run_folder import append_event
 from framework.training.session import Session
@@ -77,6 +79,15 @@ class Recorder:
                 f"held out after step {step}: {name} top-1 {result.top1:.1%}, top-5 {result.top5:.1%} "
                 f"of {result.samples} samples"
             )
+
+    def finished(self, step: int) -> None:
+        """The last step is done and saved: picture what was learned."""
+        if not self._main:
+            return
+        try:
+            draw_anatomy(self._session.run, folder_of(self._session.run, step))
+        except (OSError, TubeworksError) as error:  # a picture less must not make a whole run fail
+            log.warning("the pictures of the model could not be drawn: %s", error)
 
     def close(self, status: Status) -> None:
         """The attempt is over: FINISHED, KILLED (stopped by a signal) or FAILED."""
