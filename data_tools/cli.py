@@ -137,9 +137,10 @@ def shard_mix(
 ) -> None:
     """Shard several inputs, videos and images, into one set of mixed shards.
 
-    An input is NAME=kinetics:videos=DIR,annotations=CSV,split=S or NAME=folder:input=DIR, with more
-    options after commas: classes=FILE for both; split=S and kind=image|video for a folder. DIR may be a tar
-    archive with a path in it, as in set.tar/train.
+    An input is NAME=kinetics:videos=DIR,annotations=CSV,split=S
+    or NAME=folder:input=DIR, with more options after commas: classes=FILE for
+    both; split=S and kind=image|video for a folder. DIR may be a tar archive
+    with a path in it, as in set.tar/train.
     """
     from data_tools.mix import collect_input
 
@@ -163,6 +164,7 @@ def synth(
 ) -> None:
     """Make moving digits: videos labelled with the direction of motion, images labelled with the digit."""
     from data_tools.pool import available_cores
+    from data_tools.report import counted
     from data_tools.synth import SynthOptions, synthesize
 
     options = SynthOptions(
@@ -174,7 +176,7 @@ def synth(
         _print_json({split: json.loads(report.to_json()) for split, report in reports.items()})
     else:
         for split, report in reports.items():
-            typer.echo(f"{out / split}: {report.written} samples in {report.shards} shards")
+            typer.echo(f"{out / split}: {counted(report.written, report.shards)}")
 
 
 @app.command()
@@ -212,7 +214,10 @@ def inspect_command(folder: Folder, as_json: AsJson = False) -> None:
 @app.command()
 def plan(
     recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="Path or name of a recipe.")],
-    overrides: Annotated[Optional[List[str]], typer.Argument(metavar="[KEY=VALUE]...")] = None,  # noqa: UP006, UP045
+    overrides: Annotated[
+        Optional[List[str]],  # noqa: UP006, UP045
+        typer.Argument(metavar="KEY=VALUE", help="Values that replace the recipe's."),
+    ] = None,
     step: Annotated[int, typer.Option("--step", min=0, max=10**12, help="Global step.")] = 0,
     world: Annotated[int, typer.Option("--world", min=1, help="Number of ranks.")] = 1,
     rank: Annotated[int, typer.Option("--rank", min=0, help="Which rank's share.")] = 0,

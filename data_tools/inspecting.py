@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy
 
-from data_tools.report import human_bytes
+from data_tools.report import counted, human_bytes
 from framework.data.manifest import DatasetInfo, Manifest
 
 __all__ = ["inspect_shards", "inspection_text"]
@@ -60,7 +60,7 @@ def _range(values: numpy.ndarray) -> dict[str, float]:
 def inspection_text(summary: dict[str, Any]) -> str:
     """The summary as a table for people."""
     lines = [
-        f"{summary['folder']}: {summary['samples']} samples in {summary['shards']} shards,"
+        f"{summary['folder']}: {counted(summary['samples'], summary['shards'])},"
         f" {human_bytes(summary['bytes'])}, manifest {summary['hash']}"
     ]
     for dataset in summary["datasets"]:
@@ -77,7 +77,7 @@ def _rows(dataset: dict[str, Any]) -> Iterator[tuple[str, str]]:
         without = f"; none of {', '.join(empty[:5])}{' …' if len(empty) > 5 else ''}" if empty else ""
         counts = [float(count) for count in classes.values()]
         each = _spread(_range(numpy.array(counts)), "{:g}".format)
-        yield "classes", f"{len(classes)} with {each} samples{without}"
+        yield "classes", f"{len(classes)} with {each} samples each{without}"
     if dataset["unlabelled"]:
         yield "unlabelled", str(dataset["unlabelled"])
     yield "file size", _spread(dataset["sample_bytes"], human_bytes)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from data_tools.items import Failure
 
-__all__ = ["REPORT_NAME", "ShardReport", "human_bytes"]
+__all__ = ["REPORT_NAME", "ShardReport", "counted", "human_bytes"]
 
 REPORT_NAME = "report.json"
 
@@ -37,7 +37,7 @@ class ShardReport:
     def to_text(self) -> str:
         """The report for people."""
         lines = [
-            f"{self.written} samples in {self.shards} shards, {human_bytes(self.bytes)}: {self.out}"
+            f"{counted(self.written, self.shards)}, {human_bytes(self.bytes)}: {self.out}"
             if self.written
             else "nothing was written: no file could be used"
         ]
@@ -48,6 +48,11 @@ class ShardReport:
             lines.append(f"left out ({len(self.failed)}):")
             lines.extend(f"  {failure.key}: {failure.reason}" for failure in self.failed)
         return "\n".join(lines)
+
+
+def counted(samples: int, shards: int) -> str:
+    """`1 sample in 1 shard`, `5 samples in 2 shards`."""
+    return f"{samples} sample{'s' * (samples != 1)} in {shards} shard{'s' * (shards != 1)}"
 
 
 def human_bytes(count: float) -> str:

@@ -100,7 +100,7 @@ def make_shard(task: ShardTask, advance: Advance) -> ShardRecord:
                 try:
                     data, media = _load(item)
                 except Unusable as error:
-                    failed.append(Failure(item.key, str(error)))
+                    failed.append(Failure(item.key, f"{error} ({item.source})"))
                 else:
                     rows.append(_add_sample(archive, item, task.datasets[item.dataset], data, media))
                 advance()

@@ -17,7 +17,7 @@ import numpy
 from data_tools.items import Unusable
 from data_tools.pool import Advance, progress_bar, run_tasks
 from data_tools.probe import probe
-from data_tools.report import human_bytes
+from data_tools.report import counted, human_bytes
 from framework.data.manifest import MANIFEST_NAME, SAMPLES_NAME, Manifest, SampleInfo
 from framework.errors import DataError
 from framework.files import hash_file
@@ -61,7 +61,7 @@ class VerifyReport:
         if not self.shards:
             return "\n".join(str(problem) for problem in self.problems)
         how = "checksums and all frames" if self.decoded else "checksums"
-        size = f"{self.samples} samples in {self.shards} shards, {human_bytes(self.bytes)}"
+        size = f"{counted(self.samples, self.shards)}, {human_bytes(self.bytes)}"
         head = f"{self.folder}: {size}: {how} verified, {len(self.problems) or 'no'} problems"
         return "\n".join([head, *(f"  {problem}" for problem in self.problems)])
 

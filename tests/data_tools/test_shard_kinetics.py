@@ -94,7 +94,7 @@ def test_people_read_the_same_report(
         "--out", tmp_path / "shards",
     )  # fmt: skip
     assert done.code == 0
-    assert "3 samples in 1 shards" in done.stdout
+    assert "3 samples in 1 shard," in done.stdout
     for name in ("nowhere_to__000003_000013", "emptyVideo1", "truncated01", "webPage0001", "soundOnly01"):
         assert name in done.stdout
 
