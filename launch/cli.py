@@ -81,11 +81,10 @@ RecipeName = Annotated[
 ]
 Overrides = Annotated[
     Optional[list[str]],  # noqa: UP045 - typer evaluates it on Python 3.10
-    typer.Argument(metavar="[KEY=VALUE]...", help="Values that replace the recipe's: train.steps=100."),
+    typer.Argument(metavar="KEY=VALUE", help="Values that replace the recipe's: train.steps=100."),
 ]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of the run.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
-Ranks = Annotated[Optional[int], typer.Option(min=1, help="Processes on this machine.")]  # noqa: UP045
 
 
 def _print_version(wanted: bool) -> None:
@@ -112,7 +111,10 @@ def root(
 def train(
     recipe: RecipeName,
     overrides: Overrides = None,
-    ranks: Ranks = None,
+    ranks: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=1, help="Processes on this machine; by default one per GPU, or one without."),
+    ] = None,
     run: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option(help="Folder of the run, by default runs/NAME; an existing one is continued."),
@@ -138,7 +140,10 @@ def evaluate(
         bool,
         typer.Option("--shuffle-frames", help="Shuffle each clip's frames: what is left does not read time."),
     ] = False,
-    ranks: Ranks = None,
+    ranks: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=1, help="Processes on this machine; by default one."),
+    ] = None,
     weights: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(
