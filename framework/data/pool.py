@@ -75,9 +75,16 @@ def pixel_memory(shape: Sequence[int]) -> torch.Tensor:
     Left to the worker's queue, sharing would fail in its background thread, and the rank would wait for ever.
 
     Errors:
-        DataError: there is not enough shared memory.
+        DataError: there is not enough memory, or not enough shared memory.
     """
-    pixels = torch.zeros(tuple(shape), dtype=torch.uint8)
+    try:
+        pixels = torch.zeros(tuple(shape), dtype=torch.uint8)
+    except RuntimeError as error:
+        size = " x ".join(map(str, shape))
+        raise DataError(
+            f"no memory for pixels of {size} bytes (batch x 3 x frames x height x width): lower the mixture, "
+            "evaluation.batch, or a source's size and clip.frames, or raise train.accumulation"
+        ) from error
     if get_worker_info() is None:
         return pixels
     try:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from framework.data.pool import Failure, in_order
+from framework.data.pool import Failure, in_order, pixel_memory
 from framework.errors import CorruptSample, DataError
 
 
@@ -152,3 +152,8 @@ def _runs(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+def test_pixels_that_no_memory_holds_are_an_error_with_advice() -> None:
+    with pytest.raises(DataError, match=r"no memory for pixels of 8 x 3 x 1000000000000 x 64 x 64 bytes"):
+        pixel_memory((8, 3, 10**12, 64, 64))
