@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 from typing import Any
 
 import torch
@@ -79,7 +81,9 @@ def start_engine(model: nn.Module, recipe: Recipe, world: World) -> Any:
         for block in model.blocks:  # type: ignore[union-attr]
             block.compile()
     optimizer = build_optimizer(model, recipe.optimizer)
-    engine, *_ = deepspeed.initialize(
-        model=model, optimizer=optimizer, config=deepspeed_config(recipe, world), dist_init_required=False
-    )
+    # It prints how much memory is taken at each of its stages, and no setting of its own turns that off.
+    with contextlib.redirect_stdout(io.StringIO()):
+        engine, *_ = deepspeed.initialize(
+            model=model, optimizer=optimizer, config=deepspeed_config(recipe, world), dist_init_required=False
+        )
     return engine

@@ -25,6 +25,8 @@ __all__ = ["Recorder"]
 
 log = logging.getLogger(__name__)
 
+ENDINGS: dict[Status, str] = {"FINISHED": "finished", "KILLED": "stopped", "FAILED": "failed"}
+"""What the statuses of MLflow are in plain words."""
 CLOSE_SECONDS: dict[Status, float] = {"FINISHED": 60.0, "KILLED": 15.0, "FAILED": 15.0}
 """How long MLflow may take at the end; schedulers kill about 30 seconds after their signal."""
 
@@ -94,7 +96,7 @@ class Recorder:
         self._line.close()
         if not self._main:
             return
-        self._line.say(f"{status.lower()} after {format_seconds(time.perf_counter() - self._began)}")
+        self._line.say(f"{ENDINGS[status]} after {format_seconds(time.perf_counter() - self._began)}")
         try:
             self._journal.close()
         except TubeworksError as error:
@@ -119,10 +121,9 @@ class Recorder:
         self._mirror = MlflowMirror(session.run, recipe, info)
         self._mirror.start()
         self._system = SystemSampler(session.run) if recipe.tracking.system_metrics else None
+        ranks = "1 rank" if world.size == 1 else f"{world.size} ranks"
         going_on = f", going on from step {session.start}" if session.start else ""
-        self._line.say(
-            f"{recipe.name} in {session.run}: {recipe.train.steps} steps on {world.size} ranks{going_on}"
-        )
+        self._line.say(f"{recipe.name} in {session.run}: {recipe.train.steps} steps on {ranks}{going_on}")
 
     def _write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write to the journal; if rank 0 cannot, all ranks leave with its error."""

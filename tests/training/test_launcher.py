@@ -59,7 +59,7 @@ def test_a_killed_rank_and_a_signal(recipe_file: Path, tmp_path: Path) -> None:
     _, said = second.communicate(timeout=60)
     assert second.returncode == 128 + signal.SIGTERM
     assert "going on from step" in said
-    assert "killed after" in said
+    assert "stopped after" in said
     (saved,) = checkpoint_folders(run)
     assert verify(saved) == []
     assert int(saved.name.removeprefix("step-")) == steps_in_journal(run)

@@ -70,7 +70,7 @@ def test_asked_to_stop_by_a_signal_to_one_rank(
     assert job.wait() == [128 + number] * 2, job.said()[-2000:]
     (saved,) = checkpoint_folders(run)
     assert int(saved.name.removeprefix("step-")) == steps_in_journal(run), "saved at once"
-    assert "killed after" in job.said()
+    assert "stopped after" in job.said()
 
     train_to_end(recipe_file, run, 2, *LONG)
     assert_same_run(run, whole)
