@@ -20,6 +20,7 @@ __all__ = [
     "Data",
     "Engine",
     "Evaluation",
+    "Init",
     "Model",
     "Optimizer",
     "Pool",
@@ -293,6 +294,22 @@ class Evaluation(Section):
     """Samples per forward pass and rank."""
 
 
+class Init(Section):
+    """Where weights come from when a run starts; a run that has a checkpoint goes on from that."""
+
+    weights: Folder | None = None
+    """Another run (its newest valid checkpoint), or one checkpoint of it: all weights of the same model;
+    classifiers are taken where source and number of classes agree, and are new otherwise."""
+    ema: bool = False
+    """Take the moving averages of the weights."""
+
+    @model_validator(mode="after")
+    def _says_where_from(self) -> Init:
+        if self.weights is None:
+            raise ValueError("needs `weights`: the folder of a run, or of one of its checkpoints")
+        return self
+
+
 class Tracking(Section):
     """The MLflow mirror of the journal."""
 
@@ -312,6 +329,7 @@ class Recipe(Section):
     """The result that the run should give, and where it was published."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     model: Model
+    init: Init | None = None
     data: Data
     optimizer: Optimizer
     train: Train

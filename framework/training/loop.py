@@ -22,6 +22,7 @@ from framework.training.checkpoint import CheckpointReader, choose_checkpoint, p
 from framework.training.distributed import Peers, choose_device, start_process_group
 from framework.training.engine import start_engine, unsharded_norm
 from framework.training.held_out import evaluate_held_out
+from framework.training.initial import initialise
 from framework.training.memory import returned_memory
 from framework.training.meters import Meters
 from framework.training.optim import learning_rate
@@ -90,13 +91,27 @@ def prepare(recipe: Recipe, run: Path, device: torch.device, peers: Peers, signa
         model.activation_checkpointing = recipe.train.activation_checkpointing  # type: ignore[assignment]
         if reader:
             reader.load_into(model)
+        origin = initialise(model, recipe, peers) if recipe.init and not reader else None
         engine = start_engine(model, recipe, peers.world)
         state = TrainState(engine, recipe.train.ema_decay)
         if reader:
             state.restore(reader.read, reader.kinds, reader.manifest["optimizer_steps"])
     skipped = reader.manifest["skipped_steps"] if reader else 0
     return Session(
-        recipe, run, device, peers, signals, sources, held_out, plan, batches, engine, state, start, skipped
+        recipe,
+        run,
+        device,
+        peers,
+        signals,
+        sources,
+        held_out,
+        plan,
+        batches,
+        engine,
+        state,
+        start,
+        skipped,
+        origin,
     )
 
 
@@ -113,8 +128,11 @@ def open_data(recipe: Recipe, world: World) -> tuple[dict[str, OpenSource], dict
 
 
 def record_attempt(session: Session) -> int:
-    """Write down that an attempt begins; returns its number."""
-    return open_run(session.run, session.recipe, session.peers.world, session.plan.hash, session.start)
+    """Write down that an attempt begins, and with which weights; returns its number."""
+    attempt = open_run(session.run, session.recipe, session.peers.world, session.plan.hash, session.start)
+    if session.origin:
+        append_event(session.run, "initialised", session.start, **session.origin)
+    return attempt
 
 
 def run_steps(session: Session, recorder: Recorder) -> int:

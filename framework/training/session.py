@@ -42,3 +42,5 @@ class Session:
     """Steps that were done when the attempt began."""
     skipped: int = 0
     """Steps that the optimizer did not apply, in this attempt and before."""
+    origin: dict[str, Any] | None = None
+    """Where the weights come from, if from another run and in this attempt."""
