@@ -10,6 +10,7 @@ from torch import nn
 
 from framework.errors import RecipeError
 from framework.models.inputs import InputSpec, inputs_of
+from framework.models.scaleup import BridgedTokenizer, ScaledTubeViT
 from framework.models.tokenizer import TubeTokenizer
 from framework.models.tube_sets import PAPER_TUBES, TUBE_SETS
 from framework.models.tubevit import Size, TubeViT
@@ -90,6 +91,17 @@ def build_model(model: Model, inputs: Mapping[str, InputSpec]) -> nn.Module:
             "a few channels are the same for all tokens; `fixed` is what the authors' other code computes"
         )
     tubes = tubes_of(model)
+    if model.scale_up is not None:
+        return ScaledTubeViT(
+            size,
+            tubes,
+            inputs,
+            model.scale_up,
+            position=model.position,
+            pool=model.pool,
+            dropout=model.dropout,
+            stochastic_depth=model.stochastic_depth,
+        )
     return TubeViT(
         size,
         tubes,
@@ -108,11 +120,15 @@ def build_tokenizer(model: Model, inputs: Mapping[str, InputSpec]) -> TubeTokeni
     Errors:
         ModelError: a tube does not fit the width or a source.
     """
-    tubes = tubes_of(model)
+    tubes, width = tubes_of(model), size_of(model).width
+    clips = [(spec.frames, spec.size, spec.size) for spec in inputs.values()]
+    if model.scale_up is not None:
+        narrow = model.scale_up.tube_width
+        return BridgedTokenizer(tubes, width, tube_width=narrow, clips=clips, position=model.position)
     return TubeTokenizer(
         tubes,
-        size_of(model).width,
-        clips=[(spec.frames, spec.size, spec.size) for spec in inputs.values()],
+        width,
+        clips=clips,
         position=model.position,
         interpolated=_interpolated(model, tubes),
     )

@@ -71,19 +71,37 @@ class TubeTokenizer(nn.Module):
 
         Each projection runs once for all groups that it reads, in the order of the tubes.
         """
-        clip_shapes = [(clip.shape[2], clip.shape[3], clip.shape[4]) for clip in clips]
-        grids = [{grid.tube: grid for grid in self.grids(shape)} for shape in clip_shapes]
+        return self.place(self.tokens(clips), clips)
+
+    def tokens(self, clips: Sequence[Tensor]) -> list[Tensor]:
+        """The tokens of each group without their positions: (batch, tokens, width)."""
+        grids = [{grid.tube: grid.shape for grid in self.grids(_shape(clip))} for clip in clips]
         parts: list[list[Tensor]] = [[] for _ in clips]
-        for number, tube in enumerate(self.shapes):
+        for number in range(len(self.shapes)):
             readers = [group for group, grid in enumerate(grids) if number in grid]
             if not readers:
                 continue
-            boxes = [cut(clips[group], tube, grids[group][number].shape) for group in readers]
-            projected = self._project(number, boxes).split([len(box) for box in boxes])
-            for group, tokens in zip(readers, projected, strict=True):
-                # sub-tubes of a token are neighbouring rows, so this view is Space-to-Depth
-                parts[group].append(tokens.reshape(len(clips[group]), -1, self.width))
-        return join([self._finish(part, shape) for part, shape in zip(parts, clip_shapes, strict=True)])
+            read = self.read_tube(
+                number, [clips[group] for group in readers], [grids[group][number] for group in readers]
+            )
+            for group, tokens in zip(readers, read, strict=True):
+                parts[group].append(tokens)
+        return [part[0] if len(part) == 1 else torch.cat(part, dim=1) for part in parts]
+
+    def read_tube(
+        self, number: int, clips: Sequence[Tensor], shapes: Sequence[tuple[int, int, int]]
+    ) -> list[Tensor]:
+        """The tokens that one tube makes of clips, whose grids have these shapes: (batch, tokens, width)."""
+        boxes = [cut(clip, self.shapes[number], shape) for clip, shape in zip(clips, shapes, strict=True)]
+        projected = self._project(number, boxes).split([len(box) for box in boxes])
+        # sub-tubes of a token are neighbouring rows, so this view is Space-to-Depth
+        return [
+            tokens.reshape(len(clip), -1, self.width) for clip, tokens in zip(clips, projected, strict=True)
+        ]
+
+    def place(self, tokens: Sequence[Tensor], clips: Sequence[Tensor]) -> Tensor:
+        """Add positions to what `tokens` made of the clips, and make it one matrix (total_tokens, width)."""
+        return join([self._place(part, _shape(clip)) for part, clip in zip(tokens, clips, strict=True)])
 
     def _project(self, number: int, boxes: Sequence[Tensor]) -> Tensor:
         projection = self.tubes[number]
@@ -92,8 +110,11 @@ class TubeTokenizer(nn.Module):
             return projection(boxes, self.kernel(self.shapes[number]))
         return projection(boxes)
 
-    def _finish(self, parts: list[Tensor], clip: tuple[int, int, int]) -> Tensor:
-        tokens = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+    def _place(self, tokens: Tensor, clip: tuple[int, int, int]) -> Tensor:
         if self.positions is not None:
             tokens = tokens + self.positions(self.grids(clip), tokens.device, tokens.dtype)
         return tokens.flatten(0, 1)
+
+
+def _shape(clip: Tensor) -> tuple[int, int, int]:
+    return clip.shape[2], clip.shape[3], clip.shape[4]

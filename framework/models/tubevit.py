@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -19,7 +19,7 @@ from framework.models.tokenizer import TubeTokenizer
 from framework.models.tubes import CHANNELS, Grid, check_tubes, grids_of
 from framework.recipe.schema import Pool, Position, Tube
 
-__all__ = ["Size", "TubeViT"]
+__all__ = ["Noise", "Size", "TubeViT"]
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,23 @@ class Size:
     depth: int
     heads: int
     mlp_width: int
+
+
+@dataclass(frozen=True)
+class Noise:
+    """What is dropped in one pass; None: nothing."""
+
+    depth: Tensor | None = None
+    """`noise.depth_scales`, layers first."""
+    embedding: Tensor | None = None
+    """Seeds of dropout in the embedding: int32 (total_tokens,)."""
+    elements: Tensor | None = None
+    """Seeds of dropout in the branches: int32 (layers, 2, total_tokens)."""
+
+    def of(self, layer: int) -> tuple[Tensor | None, Tensor | None]:
+        """What block number `layer` is told of it."""
+        depth = None if self.depth is None else self.depth[layer]
+        return depth, None if self.elements is None else self.elements[layer]
 
 
 class TubeViT(nn.Module):
@@ -110,38 +127,47 @@ class TubeViT(nn.Module):
         tokens = self.tokenizer([pixels[name] for name in names])
         if self.class_token is not None:
             tokens, groups = self.class_token(tokens, groups)
-        if self.training and seeds is not None:
-            tokens = self._encode_with_noise(tokens, groups, torch.cat([seeds[name] for name in names]))
-        else:
-            tokens = self._encode(tokens, groups)
-        pooled = self.pool(self.norm(tokens), groups).split([samples for samples, _ in groups])
-        return {name: self.heads[name](part) for name, part in zip(names, pooled, strict=True)}
+        noise = self._noise(tokens, groups, names, seeds)
+        if noise.embedding is not None:
+            tokens = dropout(tokens, noise.embedding, self.dropout)
+        return self._classify(self._encode(tokens, groups, noise, range(len(self.blocks))), groups, names)
 
-    def _encode(
-        self, tokens: Tensor, groups: Groups, depth: Tensor | None = None, seeds: Tensor | None = None
-    ) -> Tensor:
-        """Run all blocks; `depth` and `seeds` hold the noise of all layers, layers first."""
-        for layer, block in enumerate(self.blocks):
-            noise = (None if depth is None else depth[layer], None if seeds is None else seeds[layer])
+    def _encode(self, tokens: Tensor, groups: Groups, noise: Noise, layers: Iterable[int]) -> Tensor:
+        """Run some of the blocks."""
+        for layer in layers:
+            block = self.blocks[layer]
             if self.activation_checkpointing and torch.is_grad_enabled():
                 # The noise is an argument and nothing draws from a generator: there is no state to preserve.
                 tokens = checkpoint(
-                    block, tokens, groups, *noise, use_reentrant=False, preserve_rng_state=False
+                    block, tokens, groups, *noise.of(layer), use_reentrant=False, preserve_rng_state=False
                 )
             else:
-                tokens = block(tokens, groups, *noise)
+                tokens = block(tokens, groups, *noise.of(layer))
         return tokens
 
-    def _encode_with_noise(self, tokens: Tensor, groups: Groups, seeds: Tensor) -> Tensor:
-        layers = len(self.blocks)
-        depth = element_seeds = None
+    def _noise(
+        self, tokens: Tensor, groups: Groups, names: Sequence[str], seeds: Mapping[str, Tensor] | None
+    ) -> Noise:
+        """What is dropped in this pass; nothing without seeds, and in evaluation mode."""
+        if not self.training or seeds is None:
+            return Noise()
+        joined, layers = torch.cat([seeds[name] for name in names]), len(self.blocks)
+        depth = embedding = elements = None
         if self.stochastic_depth > 0:
-            depth = depth_scales(seeds, groups, layers, self.stochastic_depth, tokens.dtype)
+            depth = depth_scales(joined, groups, layers, self.stochastic_depth, tokens.dtype)
         if self.dropout > 0:
-            all_seeds = dropout_seeds(seeds, groups, layers)
-            tokens = dropout(tokens, all_seeds[0], self.dropout)
-            element_seeds = all_seeds[1:].view(layers, 2, -1)
-        return self._encode(tokens, groups, depth, element_seeds)
+            all_seeds = dropout_seeds(joined, groups, layers)
+            embedding, elements = all_seeds[0], all_seeds[1:].view(layers, 2, -1)
+        return Noise(depth, embedding, elements)
+
+    def _classify(self, tokens: Tensor, groups: Groups, names: Sequence[str]) -> dict[str, Tensor]:
+        """From the tokens that leave the encoder to the logits of each source."""
+        pooled = self.pool(self.norm(tokens), groups).split([samples for samples, _ in groups])
+        return {name: self.heads[name](part) for name, part in zip(names, pooled, strict=True)}
+
+    def telemetry(self) -> dict[str, float]:
+        """What a logging point shows of the model besides its losses."""
+        return {}
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that weight decay should leave alone: vectors, positions, the pooling query."""

@@ -27,6 +27,7 @@ __all__ = [
     "Position",
     "RandAugment",
     "Recipe",
+    "ScaleUp",
     "Schedule",
     "Source",
     "Tracking",
@@ -75,6 +76,34 @@ class Tube(Section):
     space_to_depth: Triple = (1, 1, 1)
 
 
+class ScaleUp(Section):
+    """A large video model from a small one's tubes and a large image model (TubeViT §3.6).
+
+    See `framework.models.scaleup`; `init.tubes` and `init.encoder` say where both come from.
+    """
+
+    tube_width: Width
+    """Width of the small model; its tubes are brought to the model's width without new weights."""
+    frozen_layers: Annotated[int, Field(ge=0, le=1_000)]
+    """So many blocks of the encoder are frozen, with everything before them; the next one has the gate."""
+    train_tokenizer: bool = False
+    """Train tubes and patches too, for a full fine-tuning; needs `frozen_layers: 0`."""
+    gate: Literal["scalar", "channel", "none"] = "scalar"
+    """tanh(alpha) z_0 is added to the output of the first trained block. The paper has "a learned gating
+    parameter", so alpha is one number by default; or one for each channel, or no gate."""
+    gate_input: Literal["after_position", "before_position"] = "after_position"
+    """z_0: what enters the encoder, as ViT's notation has it, or tokens without their positions. The paper
+    calls them the raw input tokens."""
+
+    @model_validator(mode="after")
+    def _frozen_from_the_start(self) -> ScaleUp:
+        if self.train_tokenizer and self.frozen_layers:
+            raise BrokenRule(
+                "needs frozen_layers: 0: what comes before frozen blocks is frozen", "train_tokenizer"
+            )
+        return self
+
+
 class Model(Section):
     """What is built. `name` fixes the size; the optional fields override single numbers of it."""
 
@@ -100,9 +129,12 @@ class Model(Section):
     attention pooling with MLP (`map`), the mean, or a class token that goes along."""
     dropout: Fraction = 0.0
     stochastic_depth: Fraction = 0.0
+    scale_up: ScaleUp | None = None
 
     @model_validator(mode="after")
     def _options_fit_together(self) -> Model:
+        if self.scale_up is not None and self.kernels == "interpolated":
+            raise BrokenRule("does not go with `scale_up`, which takes kernels tube by tube", "kernels")
         if self.tubes is not None and self.tube_set is not None:
             text = "is said beside `tubes`; leave one of them out (`null` unsets one that a base says)"
             raise BrokenRule(text, "tube_set")
@@ -300,13 +332,25 @@ class Init(Section):
     weights: Folder | None = None
     """Another run (its newest valid checkpoint), or one checkpoint of it: all weights of the same model;
     classifiers are taken where source and number of classes agree, and are new otherwise."""
+    tubes: Folder | None = None
+    """For `model.scale_up`: a run of a small TubeViT, whose tubes are taken and nothing else."""
+    encoder: Folder | None = None
+    """For `model.scale_up`: a run of the large model on images, whose 2D patches and encoder are taken."""
     ema: bool = False
     """Take the moving averages of the weights."""
 
     @model_validator(mode="after")
     def _says_where_from(self) -> Init:
-        if self.weights is None:
-            raise ValueError("needs `weights`: the folder of a run, or of one of its checkpoints")
+        if (self.tubes is None) != (self.encoder is None):
+            missing = "encoder" if self.encoder is None else "tubes"
+            raise BrokenRule(
+                "is missing; a scale-up takes `tubes` from one run and `encoder` from another", missing
+            )
+        if (self.weights is None) == (self.tubes is None):
+            raise ValueError(
+                "needs `weights` (a run of the same model, or one of its checkpoints) or, for a scale-up, "
+                "`tubes` and `encoder`; not both: `null` unsets one that a base says"
+            )
         return self
 
 
@@ -344,4 +388,13 @@ class Recipe(Section):
         if self.schedule.warmup >= self.train.steps and self.schedule.warmup > 0:
             text = f"must be smaller than train.steps ({self.train.steps}), not {self.schedule.warmup}"
             raise BrokenRule(text, "schedule", "warmup")
+        return self
+
+    @model_validator(mode="after")
+    def _scale_up_has_its_sources(self) -> Recipe:
+        if self.model.scale_up is not None and self.init is None:
+            text = "needs `init: {tubes: RUN, encoder: RUN}`: what is frozen must have been trained"
+            raise BrokenRule(text, "model", "scale_up")
+        if self.model.scale_up is None and self.init is not None and self.init.tubes is not None:
+            raise BrokenRule("needs `model.scale_up`, which says what is made of them", "init", "tubes")
         return self

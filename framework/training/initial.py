@@ -1,11 +1,11 @@
-"""The weights that a new run starts from: those of another run, with an account of every tensor."""
+"""The weights that a new run starts from: those of other runs, with an account of every tensor."""
 
 from __future__ import annotations
 
 import logging
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from framework.errors import CheckpointError, RecipeError
-from framework.models.registry import size_of
+from framework.models.registry import size_of, tubes_of
+from framework.models.scaleup import image_tube
+from framework.models.tubes import name_tube
 from framework.recipe import load_recipe
 from framework.recipe.schema import Init, Model, Recipe
 from framework.training.checkpoint import CheckpointReader, newest_valid, verify
@@ -26,7 +28,7 @@ __all__ = ["Account", "Origin", "find_origins", "initialise", "load_initial"]
 
 log = logging.getLogger(__name__)
 
-HEADS = "heads."
+HEADS, GATE, TUBES = "heads.", "gate.", "tokenizer.tubes."
 _BLOCK = re.compile(r"\bblocks\.\d+\.")
 NO_MATTER = {"dropout", "stochastic_depth"}
 """What may differ between a model and the one that its weights come from without a word."""
@@ -100,7 +102,7 @@ def find_origins(init: Init) -> list[Origin]:
         RecipeError: a folder that is no run.
         CheckpointError: no valid checkpoint there.
     """
-    named = {"weights": init.weights}
+    named = {"weights": init.weights, "tubes": init.tubes, "encoder": init.encoder}
     return [_find(role, Path(folder)) for role, folder in named.items() if folder is not None]
 
 
@@ -131,10 +133,11 @@ def load_initial(model: nn.Module, recipe: Recipe, origins: Sequence[Origin]) ->
     assert recipe.init is not None
     account = Account()
     for origin in origins:
-        _check_same_model(recipe.model, origin)
-        _take(model, origin, _tensors(origin, recipe.init.ema), lambda name: name, account)
+        rename = _rules(recipe.model, origin)
+        _take(model, origin, _tensors(origin, recipe.init.ema), rename, account)
     missing = [name for name in model.state_dict() if name not in account.loaded]
-    account.new = [name for name in missing if name.startswith(HEADS)]
+    gate = () if "weights" in (origin.role for origin in origins) else (GATE,)
+    account.new = [name for name in missing if name.startswith((HEADS, *gate))]
     if lacking := [name for name in missing if name not in account.new]:
         raise RecipeError(
             f"{' and '.join(origin.name for origin in origins)}: {_some(lacking)} in this recipe's "
@@ -186,7 +189,71 @@ def _take(
         )
 
 
-def _check_same_model(model: Model, origin: Origin) -> None:
+def _rules(model: Model, origin: Origin) -> Callable[[str], str | None]:
+    """The names that an origin's tensors have in the model, None for what is not wanted.
+
+    Errors:
+        RecipeError: the run is of another kind than its role needs.
+    """
+    if origin.role == "weights":
+        _check_same_model(model, origin)
+        return lambda name: name
+    if origin.role == "tubes":
+        numbers = _matching_tubes(model, origin)
+        return lambda name: _renumber(name, numbers) if name.startswith(TUBES) else None
+    if origin.model.scale_up is not None:
+        raise RecipeError(f"{origin.name} is a scale-up itself, which has a gate; name a run on images")
+    _check_same_model(model, origin, "scale_up", "tubes", "tube_set", "kernels", "interpolate_2d")
+    numbers = _image_tubes(model, origin)
+    return lambda name: name if not name.startswith("tokenizer.") else _renumber(name, numbers)
+
+
+def _renumber(name: str, numbers: Mapping[int, int]) -> str | None:
+    if not name.startswith(TUBES):
+        return None
+    number, _, rest = name.removeprefix(TUBES).partition(".")
+    return f"{TUBES}{numbers[int(number)]}.{rest}" if int(number) in numbers else None
+
+
+def _matching_tubes(model: Model, origin: Origin) -> dict[int, int]:
+    """Numbers of the small model's tubes for videos, and of the same tubes in the large model."""
+    assert model.scale_up is not None
+    width = size_of(origin.model).width
+    if origin.model.kernels != "independent" or origin.model.scale_up is not None:
+        kind = "interpolated kernels" if origin.model.scale_up is None else "bridged tubes (it is a scale-up)"
+        raise RecipeError(f"{origin.name} has {kind}; take a TubeViT with a kernel for each tube")
+    if width != model.scale_up.tube_width:
+        raise RecipeError(
+            f"{origin.name} has tubes of width {width}, and model.scale_up.tube_width is "
+            f"{model.scale_up.tube_width}"
+        )
+    theirs, ours = tubes_of(origin.model), tubes_of(model)
+    skipped = image_tube(theirs)
+    places = {tube: number for number, tube in enumerate(theirs) if number != skipped}
+    wanted = [number for number in range(len(ours)) if number != image_tube(ours)]
+    for number in wanted:
+        if ours[number] not in places:
+            there = "; ".join(name_tube(theirs, place) for place in places.values())
+            raise RecipeError(
+                f"{origin.name} has no such tube for videos as {name_tube(ours, number)}; there are: "
+                f"{there or 'none, it is a model of images'}"
+            )
+    return {places[ours[number]]: number for number in wanted}
+
+
+def _image_tubes(model: Model, origin: Origin) -> dict[int, int]:
+    """The number of the 2D patches in the image model, and in the large one; nothing for videos alone."""
+    theirs, ours = image_tube(tubes_of(origin.model)), image_tube(tubes_of(model))
+    if ours is None:
+        return {}
+    if theirs is None:
+        raise RecipeError(f"{origin.name} reads no images: none of its tubes has a temporal kernel of 1")
+    if origin.model.interpolate_2d:
+        raise RecipeError(f"{origin.name} has no patches of its own, but an interpolated kernel")
+    return {theirs: ours}
+
+
+def _check_same_model(model: Model, origin: Origin, *no_matter: str) -> None:
     """Refuse another size; say what else differs, which need not show in the shapes of the weights."""
     ours, theirs = size_of(model), size_of(origin.model)
     if ours != theirs:
@@ -196,7 +263,8 @@ def _check_same_model(model: Model, origin: Origin) -> None:
         key
         for key in after
         if before[key] != after[key]
-        and key not in NO_MATTER | {"name", "width", "depth", "heads", "mlp_width"}
+        and key not in NO_MATTER.union(no_matter)
+        and key not in {"name", "width", "depth", "heads", "mlp_width"}
     ]
     if others:
         log.warning(

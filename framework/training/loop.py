@@ -222,9 +222,11 @@ def finish_step(session: Session, step: int) -> None:
 
 
 def optimizer_metrics(session: Session, lr: float, unsharded: torch.Tensor | None) -> dict[str, float]:
-    """Learning rate, gradient norm (before clipping) and skipped steps."""
+    """Learning rate, gradient norm (before clipping), skipped steps, and what the model has to show."""
     norm = session.engine.get_global_grad_norm() if unsharded is None else unsharded
-    return {"train/lr": lr, "train/grad_norm": float(norm), "train/skipped_steps": float(session.skipped)}
+    skipped = float(session.skipped)
+    metrics = {"train/lr": lr, "train/grad_norm": float(norm), "train/skipped_steps": skipped}
+    return metrics | getattr(session.engine.module, "telemetry", dict)()
 
 
 def stop_if_not_finite(metrics: dict[str, float], step: int) -> None:
