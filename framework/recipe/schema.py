@@ -20,6 +20,7 @@ __all__ = [
     "Data",
     "Engine",
     "Evaluation",
+    "Guards",
     "Init",
     "Model",
     "Optimizer",
@@ -317,6 +318,15 @@ class Checkpoint(Section):
     """Checkpoints at multiples of this step stay for ever; 0: none."""
 
 
+class Guards(Section):
+    """When a training that goes wrong ends by itself; 0 turns a guard off."""
+
+    collapse: NonNegative = 20
+    """Logging points after the warm-up, in a row, with a loss flat at ln(classes) and accuracy at chance."""
+    dead: NonNegative = 50
+    """Steps, in a row, in which a trainable tensor gets no gradient or zeros alone."""
+
+
 class Evaluation(Section):
     """Views of a held-out sample and how many samples go through the model at once."""
 
@@ -380,6 +390,7 @@ class Recipe(Section):
     schedule: Schedule = Schedule()
     engine: Engine = Engine()
     checkpoint: Checkpoint = Checkpoint()
+    guards: Guards = Guards()
     evaluation: Evaluation = Evaluation()
     tracking: Tracking = Tracking()
 

@@ -21,6 +21,7 @@ from framework.tracking.mirror import Status
 from framework.training.checkpoint import CheckpointReader, choose_checkpoint, prune, save_checkpoint
 from framework.training.distributed import Peers, choose_device, start_process_group
 from framework.training.engine import start_engine, unsharded_norm
+from framework.training.guards import CollapseGuard, DeadGuard
 from framework.training.held_out import evaluate_held_out
 from framework.training.initial import initialise
 from framework.training.memory import returned_memory
@@ -141,6 +142,7 @@ def run_steps(session: Session, recorder: Recorder) -> int:
     steps, accumulation = recipe.train.steps, recipe.train.accumulation
     weights = {name: recipe.data.sources[name].loss_weight for name in recipe.data.mixture}
     meters = Meters(recipe.data.mixture, session.device)
+    collapse, dead = CollapseGuard(recipe), DeadGuard(session.engine.module, recipe)
     for step in range(session.start, steps):
         began = time.perf_counter()
         micro_batches = next_step(session.batches, accumulation, peers)
@@ -148,6 +150,7 @@ def run_steps(session: Session, recorder: Recorder) -> int:
         recorder.fed(step, micro_batches)
 
         lr, norm = take_step(session, step, micro_batches, meters)
+        dead.step_done()
 
         done = step + 1
         meters.step_done(waited, (batch.seconds for batch in micro_batches))
@@ -156,6 +159,8 @@ def run_steps(session: Session, recorder: Recorder) -> int:
             metrics = meters.collect(peers, weights) | optimizer_metrics(session, lr, norm)
             recorder.log(done, metrics)
             stop_if_not_finite(metrics, done)
+            dead.look(done, peers)
+            collapse.look(done, metrics)
             meters.reset()
         paused = time.perf_counter()
         saved = done % recipe.checkpoint.every == 0 or done == steps or bool(stop)

@@ -58,6 +58,7 @@ MAY_CHANGE = (
     "engine.offload",
     "engine.bucket_mb",
     "checkpoint",
+    "guards",
     "evaluation",
     "tracking",
 )
