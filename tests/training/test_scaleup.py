@@ -21,7 +21,9 @@ from framework.training.initial import find_origins, load_initial
 
 Make = Callable[..., Recipe]
 
-LARGE = ("model.width=160", "model.mlp_width=192")  # 2.5 times the small one's: the third sub-token is cut
+# 3.5 times the small one's width, so the fourth sub-token is cut; and ZeRO-3 partitions nothing that has less
+# than 100,000 elements, such as smaller blocks.
+LARGE = ("model.width=224", "model.mlp_width=448")
 IMAGES = (
     *LARGE,
     "model.tubes=[{kernel: [1, 8, 8], stride: [4, 8, 8]}]",
@@ -172,8 +174,8 @@ def test_journal_shows_the_gate(run: Path) -> None:
 @pytest.mark.parametrize(
     ("tubes", "large", "override", "words"),
     [
-        ("encoder", "encoder", None, "has tubes of width 160, and model.scale_up.tube_width is 64"),
-        ("encoder", "encoder", "model.scale_up.tube_width=160", "none, it is a model of images"),
+        ("encoder", "encoder", None, "has tubes of width 224, and model.scale_up.tube_width is 64"),
+        ("encoder", "encoder", "model.scale_up.tube_width=224", "none, it is a model of images"),
         ("trained", "trained", None, r"init.encoder .* is of another model"),
         ("run", "encoder", None, "has bridged tubes"),
         ("trained", "run", None, "is a scale-up itself"),
