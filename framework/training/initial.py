@@ -17,6 +17,7 @@ from framework.errors import CheckpointError, RecipeError
 from framework.models.registry import size_of, tubes_of
 from framework.models.scaleup import image_tube
 from framework.models.tubes import name_tube
+from framework.models.tubevit import Size
 from framework.recipe import load_recipe
 from framework.recipe.schema import Init, Model, Recipe
 from framework.training.checkpoint import CheckpointReader, newest_valid, verify
@@ -257,7 +258,9 @@ def _check_same_model(model: Model, origin: Origin, *no_matter: str) -> None:
     """Refuse another size; say what else differs, which need not show in the shapes of the weights."""
     ours, theirs = size_of(model), size_of(origin.model)
     if ours != theirs:
-        raise RecipeError(f"{origin.name} is of another model: {theirs}, and this recipe's is {ours}")
+        raise RecipeError(
+            f"{origin.name} is of another model: {_numbers(theirs)}. This recipe's has {_numbers(ours)}"
+        )
     before, after = origin.model.model_dump(), model.model_dump()
     others = [
         key
@@ -272,6 +275,10 @@ def _check_same_model(model: Model, origin: Origin, *no_matter: str) -> None:
             origin.name,
             ", model.".join(others),
         )
+
+
+def _numbers(size: Size) -> str:
+    return f"width {size.width}, depth {size.depth}, {size.heads} heads, MLP {size.mlp_width}"
 
 
 def _some(names: Sequence[str]) -> str:

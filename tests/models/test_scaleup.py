@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from framework.errors import ModelError, RecipeError
 from framework.models.inputs import InputSpec
@@ -217,3 +218,15 @@ def test_of_tubes_that_fill_the_clip_the_last_rows_are_repeated() -> None:
     assert tokenizer.bridges[0].counts == (1, 2, 2)
     (tokens,) = tokenizer.tokens([clip])
     assert tokens.shape == (1, 2 * 2 * 2, 16)
+
+
+def test_frozen_blocks_cost_their_forward_pass_only() -> None:
+    operations = []
+    whole = {"frozen_layers": 0, "train_tokenizer": True, "gate": "none"}
+    for options in (whole, {"frozen_layers": 3}):
+        model = make(**options).train()
+        with FlopCounterMode(display=False) as counter:
+            model(pixels())["clips"].sum().backward()
+        operations.append(counter.get_total_flops())
+    # forward 1 and backward 2 for each block, and a little for pooling and tubes
+    assert operations[1] / operations[0] == pytest.approx((1 + 2 * 1 / 4) / 3, abs=0.03)

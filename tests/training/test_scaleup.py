@@ -221,3 +221,8 @@ def test_sources_of_another_kind_are_refused_in_one_line(
 def test_sections_that_do_not_fit_together(make_recipe: Make, settings: list[str], words: str) -> None:
     with pytest.raises(RecipeError, match=words):
         make_recipe(*settings)
+
+
+def test_its_tubes_are_pictured(run: Path) -> None:
+    drawn = {path.name for path in (run / "pictures").iterdir()}
+    assert {"kernels-1-2x8x8.png", "kernels-2-1x8x8.png"} <= drawn
