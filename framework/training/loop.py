@@ -163,6 +163,8 @@ def run_steps(session: Session, recorder: Recorder) -> int:
             collapse.look(done, metrics)
             meters.reset()
         paused = time.perf_counter()
+        if stop:
+            recorder.stopping(stop)
         saved = done % recipe.checkpoint.every == 0 or done == steps or bool(stop)
         if saved:
             save(session, done, recorder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -59,6 +60,10 @@ class Recorder:
         done = step - self._session.start
         pace = (time.perf_counter() - self._began) / max(1, done)
         self._line.show(step, metrics, pace * (self._session.recipe.train.steps - step))
+
+    def stopping(self, number: int) -> None:
+        """A signal asked to stop."""
+        self._line.say(f"{signal.Signals(number).name}: saving, then stopping")
 
     def saved(self, step: int, folder: Path, seconds: float) -> None:
         """A checkpoint was committed."""

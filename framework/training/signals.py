@@ -7,14 +7,11 @@ agrees on the flag with the other ranks once a step, saves and leaves.
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 import threading
 
 __all__ = ["HANDLED", "SignalFlag"]
-
-log = logging.getLogger(__name__)
 
 HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 """Ctrl-C, the scheduler's end, and the scheduler's warning."""
@@ -44,6 +41,5 @@ class SignalFlag:
             if self._received and number == signal.SIGINT:
                 # The user insists: leave at once, the last committed checkpoint stays valid.
                 os._exit(128 + number)
-            if not self._received:
-                self._received = int(number)
-                log.info("%s: will save and stop after this step", signal.Signals(number).name)
+            # Only the flag: a thread that writes while the interpreter shuts down can abort the process.
+            self._received = self._received or int(number)

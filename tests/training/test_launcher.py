@@ -57,7 +57,8 @@ def test_a_killed_rank_and_a_signal(recipe_file: Path, tmp_path: Path) -> None:
     wait_for(second, run, steps_in_journal(run) + 3)
     second.send_signal(signal.SIGTERM)
     _, said = second.communicate(timeout=60)
-    assert second.returncode == 128 + signal.SIGTERM
+    others = (run / "logs" / "rank-1.log").read_text()
+    assert second.returncode == 128 + signal.SIGTERM, f"{said[-2000:]}\nrank 1: {others[-2000:]}"
     assert "going on from step" in said
     assert "stopped after" in said
     (saved,) = checkpoint_folders(run)
