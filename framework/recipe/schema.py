@@ -2,7 +2,8 @@
 
 Every section is a frozen pydantic model that forbids unknown keys. Rules that concern one section stand
 beside it; rules that concern several stand in `Recipe`. Composition of files, overrides and the wording of
-errors are in `framework.recipe.compose` and `framework.recipe.errors`.
+errors are in `framework.recipe.compose` and `framework.recipe.errors`. The `model` section, which is also
+used without a recipe, has a file of its own.
 """
 
 from __future__ import annotations
@@ -10,7 +11,19 @@ from __future__ import annotations
 import difflib
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from framework.recipe.model_sections import Model, Pool, Position, ScaleUp, Tube, TubeSet
+from framework.recipe.sections import (
+    BrokenRule,
+    Decay,
+    Folder,
+    Fraction,
+    Name,
+    NonNegative,
+    Positive,
+    Section,
+)
 
 __all__ = [
     "Augment",
@@ -36,112 +49,6 @@ __all__ = [
     "Tube",
     "TubeSet",
 ]
-
-Positive = Annotated[int, Field(gt=0)]
-NonNegative = Annotated[int, Field(ge=0)]
-Width = Annotated[int, Field(gt=0, le=1_000_000)]
-Depth = Annotated[int, Field(gt=0, le=1_000)]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
-Folder = Annotated[str, Field(min_length=1)]
-Triple = tuple[Positive, Positive, Positive]
-Offset = tuple[NonNegative, NonNegative, NonNegative]
-
-
-class BrokenRule(ValueError):
-    """Values that are right alone and wrong together; `path` leads from the section to the one to name."""
-
-    def __init__(self, text: str, *path: str) -> None:
-        super().__init__(text)
-        self.path = path
-
-
-class Section(BaseModel):
-    """Base of all sections: frozen, and closed to unknown keys."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-Position = Literal["fixed", "fixed_no_stride", "learned", "none", "printed"]
-Pool = Literal["attention", "scalar", "map", "mean", "class_token"]
-TubeSet = Literal["one", "two", "paper", "paper_dense", "eight", "charades"]
-
-
-class Tube(Section):
-    """One tube shape; axes are (time, height, width) in frames and pixels (TubeViT §3.1, Table 12)."""
-
-    kernel: Triple
-    stride: Triple
-    offset: Offset = (0, 0, 0)
-    space_to_depth: Triple = (1, 1, 1)
-
-
-class ScaleUp(Section):
-    """A large video model from a small one's tubes and a large image model (TubeViT §3.6).
-
-    See `framework.models.scaleup`; `init.tubes` and `init.encoder` say where both come from.
-    """
-
-    tube_width: Width
-    """Width of the small model; its tubes are brought to the model's width without new weights."""
-    frozen_layers: Annotated[int, Field(ge=0, le=1_000)]
-    """So many blocks of the encoder are frozen, with everything before them; the next one has the gate."""
-    train_tokenizer: bool = False
-    """Train tubes and patches too, for a full fine-tuning; needs `frozen_layers: 0`."""
-    gate: Literal["scalar", "channel", "none"] = "scalar"
-    """tanh(alpha) z_0 is added to the output of the first trained block. The paper has "a learned gating
-    parameter", so alpha is one number by default; or one for each channel, or no gate."""
-    gate_input: Literal["after_position", "before_position"] = "after_position"
-    """z_0: what enters the encoder, as ViT's notation has it, or tokens without their positions. The paper
-    calls them the raw input tokens."""
-
-    @model_validator(mode="after")
-    def _frozen_from_the_start(self) -> ScaleUp:
-        if self.train_tokenizer and self.frozen_layers:
-            raise BrokenRule(
-                "needs frozen_layers: 0: what comes before frozen blocks is frozen", "train_tokenizer"
-            )
-        return self
-
-
-class Model(Section):
-    """What is built. `name` fixes the size; the optional fields override single numbers of it."""
-
-    name: str = "tubevit_b"
-    width: Width | None = None
-    depth: Depth | None = None
-    heads: Width | None = None
-    mlp_width: Width | None = None
-    tubes: tuple[Tube, ...] | None = None
-    """The tubes one by one. The first one with a temporal kernel of 1 is shared with images."""
-    tube_set: TubeSet | None = None
-    """Tubes by name (see `framework.models.tube_sets`); by default `paper`, the four of Table 12."""
-    kernels: Literal["independent", "interpolated"] = "independent"
-    """A kernel for each tube, or one of 8x8x8 resized to all (TubeViT §3.4)."""
-    interpolate_2d: bool = False
-    """With interpolated kernels: resize it to tubes with a temporal kernel of 1 too, instead of their own."""
-    position: Position = "fixed"
-    """What tokens are told of their place: sines and cosines of the tube's centre (`fixed`, TubeViT §3.3), of
-    the token's index on its grid (`fixed_no_stride`), a learned vector, nothing, or the formula as `printed`,
-    which is degenerate."""
-    pool: Pool = "attention"
-    """One vector out of all tokens: one query with heads, one score per token (`scalar`), a transformer's
-    attention pooling with MLP (`map`), the mean, or a class token that goes along."""
-    dropout: Fraction = 0.0
-    stochastic_depth: Fraction = 0.0
-    scale_up: ScaleUp | None = None
-
-    @model_validator(mode="after")
-    def _options_fit_together(self) -> Model:
-        if self.scale_up is not None and self.kernels == "interpolated":
-            raise BrokenRule("does not go with `scale_up`, which takes kernels tube by tube", "kernels")
-        if self.tubes is not None and self.tube_set is not None:
-            text = "is said beside `tubes`; leave one of them out (`null` unsets one that a base says)"
-            raise BrokenRule(text, "tube_set")
-        if self.interpolate_2d and self.kernels != "interpolated":
-            raise BrokenRule("needs `kernels: interpolated`", "interpolate_2d")
-        return self
 
 
 class Clip(Section):
@@ -379,7 +286,7 @@ class Recipe(Section):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,127}$")]
     description: str = ""
-    published: dict[str, str] = {}
+    published: dict[str, str] = Field(default_factory=dict)
     """The result that the run should give, and where it was published."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     model: Model

@@ -1,0 +1,99 @@
+"""The `model` section of a recipe: what is built."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from framework.recipe.sections import (
+    BrokenRule,
+    Depth,
+    Fraction,
+    Offset,
+    Section,
+    Triple,
+    Width,
+)
+
+__all__ = ["Model", "Pool", "Position", "ScaleUp", "Tube", "TubeSet"]
+
+Position = Literal["fixed", "fixed_no_stride", "learned", "none", "printed"]
+Pool = Literal["attention", "scalar", "map", "mean", "class_token"]
+TubeSet = Literal["one", "two", "paper", "paper_dense", "eight", "charades"]
+
+
+class Tube(Section):
+    """One tube shape; axes are (time, height, width) in frames and pixels (TubeViT §3.1, Table 12)."""
+
+    kernel: Triple
+    stride: Triple
+    offset: Offset = (0, 0, 0)
+    space_to_depth: Triple = (1, 1, 1)
+
+
+class ScaleUp(Section):
+    """A large video model from a small one's tubes and a large image model (TubeViT §3.6).
+
+    See `framework.models.scaleup`; `init.tubes` and `init.encoder` say where both come from.
+    """
+
+    tube_width: Width
+    """Width of the small model; its tubes are brought to the model's width without new weights."""
+    frozen_layers: Annotated[int, Field(ge=0, le=1_000)]
+    """So many blocks of the encoder are frozen, with everything before them; the next one has the gate."""
+    train_tokenizer: bool = False
+    """Train tubes and patches too, for a full fine-tuning; needs `frozen_layers: 0`."""
+    gate: Literal["scalar", "channel", "none"] = "scalar"
+    """tanh(alpha) z_0 is added to the output of the first trained block. The paper has "a learned gating
+    parameter", so alpha is one number by default; or one for each channel, or no gate."""
+    gate_input: Literal["after_position", "before_position"] = "after_position"
+    """z_0: what enters the encoder, as ViT's notation has it, or tokens without their positions. The paper
+    calls them the raw input tokens."""
+
+    @model_validator(mode="after")
+    def _frozen_from_the_start(self) -> ScaleUp:
+        if self.train_tokenizer and self.frozen_layers:
+            raise BrokenRule(
+                "needs frozen_layers: 0: what comes before frozen blocks is frozen", "train_tokenizer"
+            )
+        return self
+
+
+class Model(Section):
+    """What is built. `name` fixes the size; the optional fields override single numbers of it."""
+
+    name: str = "tubevit_b"
+    width: Width | None = None
+    depth: Depth | None = None
+    heads: Width | None = None
+    mlp_width: Width | None = None
+    tubes: tuple[Tube, ...] | None = None
+    """The tubes one by one. The first one with a temporal kernel of 1 is shared with images."""
+    tube_set: TubeSet | None = None
+    """Tubes by name (see `framework.models.tube_sets`); by default `paper`, the four of Table 12."""
+    kernels: Literal["independent", "interpolated"] = "independent"
+    """A kernel for each tube, or one of 8x8x8 resized to all (TubeViT §3.4)."""
+    interpolate_2d: bool = False
+    """With interpolated kernels: resize it to tubes with a temporal kernel of 1 too, instead of their own."""
+    position: Position = "fixed"
+    """What tokens are told of their place: sines and cosines of the tube's centre (`fixed`, TubeViT §3.3), of
+    the token's index on its grid (`fixed_no_stride`), a learned vector, nothing, or the formula as `printed`,
+    which is degenerate."""
+    pool: Pool = "attention"
+    """One vector out of all tokens: one query with heads, one score per token (`scalar`), a transformer's
+    attention pooling with MLP (`map`), the mean, or a class token that goes along."""
+    dropout: Fraction = 0.0
+    stochastic_depth: Fraction = 0.0
+    scale_up: ScaleUp | None = None
+
+    @model_validator(mode="after")
+    def _options_fit_together(self) -> Model:
+        if self.scale_up is not None and self.kernels == "interpolated":
+            raise BrokenRule("does not go with `scale_up`, which takes kernels tube by tube", "kernels")
+        if self.tubes is not None and self.tube_set is not None:
+            text = "is said beside `tubes`; leave one of them out (`null` unsets one that a base says)"
+            raise BrokenRule(text, "tube_set")
+        if self.interpolate_2d and self.kernels != "interpolated":
+            raise BrokenRule("needs `kernels: interpolated`", "interpolate_2d")
+        return self
