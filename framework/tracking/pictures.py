@@ -87,7 +87,7 @@ def batch_sheet(run: Path, step: int, batch: Batch, sources: Mapping[str, OpenSo
     written = []
     for name, group in batch.groups.items():
         names = sources[name].dataset.classes
-        pixels = group.pixels[:SAMPLES].numpy()  # (batch, 3, frames, height, width)
+        pixels = group.pixels[:SAMPLES].cpu().numpy()  # (batch, 3, frames, height, width)
         labels = group.labels[:SAMPLES].tolist()
         tiles = [
             Tile(spread_frames(sample), names[label]) for sample, label in zip(pixels, labels, strict=True)

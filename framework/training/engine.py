@@ -13,7 +13,7 @@ from framework.recipe.schema import Recipe
 from framework.training.optim import build_optimizer
 from framework.world import World
 
-__all__ = ["deepspeed_config", "start_engine"]
+__all__ = ["compile_blocks", "deepspeed_config", "start_engine"]
 
 
 def deepspeed_config(recipe: Recipe, world: World) -> dict[str, Any]:
@@ -69,6 +69,12 @@ def unsharded_norm(engine: Any) -> torch.Tensor | None:
     return torch.nn.utils.get_total_norm(gradients)
 
 
+def compile_blocks(model: nn.Module) -> None:
+    """Have every encoder block compiled at its first call, as one graph; blocks of one shape share it."""
+    for block in model.blocks:  # type: ignore[union-attr]
+        block.compile(fullgraph=True, dynamic=False)
+
+
 def start_engine(model: nn.Module, recipe: Recipe, world: World) -> Any:
     """Hand the model and its optimizer to DeepSpeed; returns its engine.
 
@@ -78,8 +84,7 @@ def start_engine(model: nn.Module, recipe: Recipe, world: World) -> Any:
     import deepspeed
 
     if recipe.train.compile:
-        for block in model.blocks:  # type: ignore[union-attr]
-            block.compile()
+        compile_blocks(model)
     optimizer = build_optimizer(model, recipe.optimizer)
     # It prints how much memory is taken at each of its stages, and no setting of its own turns that off.
     with contextlib.redirect_stdout(io.StringIO()):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
 
@@ -32,15 +34,18 @@ def evaluate_held_out(session: Session) -> dict[str, SourceResult]:
         return model(pixels)
 
     model.eval()
+    # Its shapes are not those of training, and some occur once: not worth compiling for.
+    compiling = session.recipe.train.compile
     try:
-        return evaluate(
-            forward,
-            session.held_out,
-            session.peers.world,
-            session.device,
-            session.recipe.evaluation,
-            workers=session.recipe.data.workers,
-        )
+        with torch.compiler.set_stance("eager_on_recompile") if compiling else nullcontext():
+            return evaluate(
+                forward,
+                session.held_out,
+                session.peers.world,
+                session.device,
+                session.recipe.evaluation,
+                workers=session.recipe.data.workers,
+            )
     except _Stopped:
         return {}
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import time
 from collections.abc import Iterator
@@ -24,7 +25,7 @@ from framework.training.engine import start_engine, unsharded_norm
 from framework.training.guards import CollapseGuard, DeadGuard
 from framework.training.held_out import evaluate_held_out
 from framework.training.initial import initialise
-from framework.training.memory import returned_memory
+from framework.training.memory import collected_by_hand, returned_memory
 from framework.training.meters import Meters
 from framework.training.optim import learning_rate
 from framework.training.recorder import Recorder
@@ -33,6 +34,7 @@ from framework.training.session import Session
 from framework.training.signals import SignalFlag
 from framework.training.state import TrainState
 from framework.training.step import micro_step
+from framework.training.transfer import on_device
 from framework.world import World
 
 __all__ = ["train"]
@@ -60,7 +62,7 @@ def train(recipe: Recipe, run: Path, world: World, signals: SignalFlag) -> int:
         recorder = Recorder(session, peers.on_main(lambda: record_attempt(session)))
         status: Status = "FAILED"
         try:
-            with closing(session.batches):
+            with closing(session.batches), collected_by_hand():
                 stopped_by = run_steps(session, recorder)
             if not stopped_by:
                 recorder.finished(recipe.train.steps)
@@ -107,7 +109,7 @@ def prepare(recipe: Recipe, run: Path, device: torch.device, peers: Peers, signa
         sources,
         held_out,
         plan,
-        batches,
+        on_device(batches, device),
         engine,
         state,
         start,
@@ -162,6 +164,7 @@ def run_steps(session: Session, recorder: Recorder) -> int:
             dead.look(done, peers)
             collapse.look(done, metrics)
             meters.reset()
+            gc.collect()
         paused = time.perf_counter()
         if stop:
             recorder.stopping(stop)

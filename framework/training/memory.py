@@ -1,13 +1,14 @@
-"""Giving memory back to the system while a model is built and restored."""
+"""Giving memory back while a model is built and restored, and collecting garbage when it costs nobody."""
 
 from __future__ import annotations
 
 import ctypes
+import gc
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-__all__ = ["returned_memory"]
+__all__ = ["collected_by_hand", "returned_memory"]
 
 MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of glibc's malloc.h
 WHILE_BUILDING = 1 << 20
@@ -32,3 +33,22 @@ def returned_memory() -> Iterator[None]:
     finally:
         library.mallopt(MMAP_THRESHOLD, AFTERWARDS)
         library.malloc_trim(0)
+
+
+@contextmanager
+def collected_by_hand() -> Iterator[None]:
+    """Inside, cyclic garbage is collected only where `gc.collect` is called.
+
+    Python's collector would come at any line, at another one on every rank, and in a collective all wait for
+    the rank that it stopped. What lives already (modules, the model) is set aside, so a collection is cheap.
+    """
+    gc.collect()
+    gc.freeze()
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+        if was_on:
+            gc.enable()
