@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from data_tools.importers.walk import walk_files
 from data_tools.items import VIDEO_SUFFIXES, Collection, Entry, Failure, FileReader
-from data_tools.walk import walk_files
 from framework.errors import DataError
 
 __all__ = ["collect_kinetics"]

@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_tools.archive import list_archive, split_archive_path
-from data_tools.classes import read_classes
+from data_tools.importers.archive import list_archive, split_archive_path
+from data_tools.importers.classes import read_classes
+from data_tools.importers.walk import walk_files
 from data_tools.items import Collection, Entry, Failure, FileReader, Reader, display, kind_of_suffix
-from data_tools.walk import walk_files
 from framework.data.manifest import KINDS, Kind
 from framework.errors import DataError
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from data_tools.classes import read_classes
-from data_tools.folder import collect_folder
+from data_tools.importers.classes import read_classes
+from data_tools.importers.folder import collect_folder
+from data_tools.importers.kinetics import collect_kinetics
 from data_tools.items import Collection
-from data_tools.kinetics import collect_kinetics
 from framework.errors import DataError
 
 __all__ = ["collect_input"]
