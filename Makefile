@@ -4,8 +4,8 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-# what some tests need beside Python packages: a browser for the MLflow pages, FFmpeg for torchcodec
-SYSTEM_PACKAGES := chromium ffmpeg
+# what some tests need beside Python packages: a browser for the MLflow pages, FFmpeg for torchcodec, a Slurm
+SYSTEM_PACKAGES := chromium ffmpeg slurm-wlm:slurmctld munge:munged
 
 help:
 	@echo "make demo     install, make a small data set, shard it, train, evaluate, print a table"
