@@ -12,7 +12,7 @@ from typing import Annotated, List, Optional  # noqa: UP035 - evaluated by typer
 
 import typer
 
-from data_tools import cli_shard
+from data_tools import cli_run, cli_shard
 from data_tools.cli_options import AsJson, Folder, Seed, Workers, print_json
 from framework.errors import DataError
 
@@ -20,6 +20,7 @@ __all__ = ["app"]
 
 app = typer.Typer(no_args_is_help=True, help="Make, verify and inspect shards.")
 app.add_typer(cli_shard.app, name="shard")
+app.add_typer(cli_run.quarantine_app, name="quarantine")
 
 
 @app.callback()

@@ -6,9 +6,9 @@ of workers nor their speed can change a batch.
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Generator, Mapping
-from contextlib import closing
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 
 from framework.data.plan import Plan
 from framework.data.pool import Failure, in_order, pixel_memory
+from framework.data.quarantine import Quarantine, Quarantined
 from framework.data.randomness import sample_seed, sample_seeds
 from framework.data.samples import STAGES, SampleReader
 from framework.data.sources import OpenSource
@@ -24,9 +25,10 @@ from framework.errors import CorruptSample, DataError, TubeworksError
 from framework.recipe.schema import Recipe
 from framework.world import World
 
-__all__ = ["Batch", "EvalBatch", "Group", "evaluation_batches", "training_batches"]
+__all__ = ["Batch", "EvalBatch", "Group", "TrainingBatches", "evaluation_batches", "training_batches"]
 
 _MAX_SUBSTITUTES = 16
+_MAX_ATTEMPTS = 4096  # with those that are known to be out, which cost nothing
 
 
 @dataclass
@@ -75,55 +77,86 @@ def training_batches(
     *,
     start_step: int,
     stop_step: int,
-) -> Generator[Batch, None, None]:
-    """Yield this rank's micro-batches of steps start_step … stop_step-1, in order.
+    quarantine: Quarantine | None = None,
+) -> TrainingBatches:
+    """This rank's micro-batches of steps start_step … stop_step-1, in order.
 
-    Close the generator (or leave it to be collected) to end the workers.
+    Samples of `quarantine` are replaced by their substitutes; the batches keep to it as it grows.
 
-    Errors:
+    Errors, also of the iteration:
         RecipeError: the ranks and micro-batches do not divide the mixture.
         CorruptSample: a sample that cannot be used, with data.on_corrupt=stop.
-        DataError: too many of them, an unreadable shard, or a worker that died.
+        DataError: nothing but corrupt substitutes, an unreadable shard, or a worker that died.
     """
     accumulation = recipe.train.accumulation
     plan.check(world.size, accumulation)
-    maker = _TrainingBatches(recipe, dict(sources), plan, world, start_step)
-    count = max(0, stop_step - start_step) * accumulation
-    return _counting_corrupt(recipe, in_order(maker, count, recipe.data.workers, recipe.data.prefetch))
+    quarantine = Quarantine() if quarantine is None else quarantine
+    maker = _TrainingBatches(recipe, dict(sources), plan, world, start_step, quarantine)
+    return TrainingBatches(maker, max(0, stop_step - start_step) * accumulation, quarantine)
 
 
-def _counting_corrupt(recipe: Recipe, batches: Generator[Batch, None, None]) -> Generator[Batch, None, None]:
-    """Stop when this rank has replaced more samples than the recipe allows."""
-    replaced = 0
-    with closing(batches):
-        for batch in batches:
-            replaced += len(batch.events)
-            if replaced > recipe.data.max_corrupt:
-                last = batch.events[-1]
-                raise DataError(
-                    f"{replaced} corrupt samples on this rank, more than data.max_corrupt="
-                    f"{recipe.data.max_corrupt}; the last: {last['reason']} (source {last['source']}, shard "
-                    f"{last['shard']}, key {last['key']}, offset {last['offset']}): run `tubeworks data "
-                    "verify` on the shards and restore what is damaged"
-                )
-            yield batch
+class TrainingBatches(Iterator[Batch]):
+    """The micro-batches of a rank, made ahead by workers; `close` (or losing it) ends them.
+
+    No batch leaves it that holds a sample which `quarantine` keeps out of its step, even if a worker had made
+    the batch before it was known.
+    """
+
+    def __init__(self, maker: _TrainingBatches, count: int, quarantine: Quarantine) -> None:
+        self.quarantine = quarantine
+        self._maker = maker
+        data = maker.recipe.data
+        self._making = threading.RLock()  # a thread may take batches ahead of who renews one
+        self._items = in_order(maker, count, data.workers, data.prefetch)
+
+    def __next__(self) -> Batch:
+        if self._maker.recipe.data.workers:
+            return self.renewed(next(self._items))
+        with self._making:
+            return self.renewed(next(self._items))
+
+    def renewed(self, batch: Batch) -> Batch:
+        """The batch itself, or its like without what has come into quarantine since it was made."""
+        for name, group in batch.groups.items():
+            if self.quarantine.any_of(name, group.index.tolist(), batch.step):
+                with self._making:
+                    again = self._maker(self._maker.number(batch))
+                if isinstance(again, Failure):
+                    raise again.error
+                return again
+        return batch
+
+    def close(self) -> None:
+        """End the workers."""
+        self._items.close()
 
 
 class _TrainingBatches:
     """Makes the n-th micro-batch of a rank; called in any order, in any process."""
 
     def __init__(
-        self, recipe: Recipe, sources: Mapping[str, OpenSource], plan: Plan, world: World, start_step: int
+        self,
+        recipe: Recipe,
+        sources: Mapping[str, OpenSource],
+        plan: Plan,
+        world: World,
+        start_step: int,
+        quarantine: Quarantine,
     ) -> None:
-        self._recipe = recipe
+        self.recipe = recipe
+        self._quarantine = quarantine
         self._plan = plan
         self._world = world
         self._start = start_step
         self._sources = sources
         self._readers = {name: SampleReader(opened) for name, opened in sources.items()}
 
+    def number(self, batch: Batch) -> int:
+        """Which of all micro-batches this one is."""
+        return (batch.step - self._start) * self.recipe.train.accumulation + batch.micro
+
     def __call__(self, number: int) -> Batch | Failure:
-        step, micro = divmod(number, self._recipe.train.accumulation)
+        step, micro = divmod(number, self.recipe.train.accumulation)
         batch = Batch(self._start + step, micro)
         before = self._seconds()
         try:
@@ -132,7 +165,7 @@ class _TrainingBatches:
                 rank=self._world.rank,
                 world=self._world.size,
                 micro=micro,
-                accumulation=self._recipe.train.accumulation,
+                accumulation=self.recipe.train.accumulation,
             )
             for name, ids in shares.items():
                 batch.groups[name] = self._group(name, ids.epoch, ids.index, batch)
@@ -145,19 +178,17 @@ class _TrainingBatches:
         return {stage: sum(reader.seconds[stage] for reader in self._readers.values()) for stage in STAGES}
 
     def _group(self, name: str, epochs: np.ndarray, indices: np.ndarray, batch: Batch) -> Group:
-        source = self._recipe.data.sources[name]
+        source = self.recipe.data.sources[name]
         shape = (len(indices), source.frames, source.size, source.size, 3)
         pixels, labels = pixel_memory(shape), np.empty(len(indices), np.int64)
         used, views = np.array(indices, np.int64), np.zeros(len(indices), np.int64)
         for row, epoch in enumerate(epochs):
-            view, info, used[row], views[row] = self._sample(
-                name, int(epoch), int(indices[row]), batch.events
-            )
+            view, info, used[row], views[row] = self._sample(name, int(epoch), int(indices[row]), batch)
             started = time.perf_counter()
             pixels[row].numpy()[...] = view
             labels[row] = info.label
             self._readers[name].seconds["collate"] += time.perf_counter() - started
-        seeds = sample_seeds(self._recipe.seed, name, epochs, used, views).view(np.int64)
+        seeds = sample_seeds(self.recipe.seed, name, epochs, used, views).view(np.int64)
         return Group(
             pixels.permute(0, 4, 1, 2, 3),
             torch.from_numpy(labels),
@@ -165,33 +196,38 @@ class _TrainingBatches:
             torch.from_numpy(seeds),
         )
 
-    def _sample(self, name: str, epoch: int, index: int, events: list[dict[str, Any]]) -> tuple[Any, ...]:
+    def _sample(self, name: str, epoch: int, index: int, batch: Batch) -> tuple[Any, ...]:
         """Pixels, manifest entry, index and view number of a sample, or of its substitute."""
-        reader, used = self._readers[name], index
-        for attempt in range(_MAX_SUBSTITUTES + 1):
-            info = reader.info(used)
-            try:
-                seed = sample_seed(self._recipe.seed, name, epoch, used, attempt)
-                return reader.training_view(info, seed), info, used, attempt
-            except CorruptSample as error:
-                if self._recipe.data.on_corrupt == "stop":
-                    raise
-                corrupt, used = used, self._plan.substitute(name, epoch, index, attempt)
-                events.append(
-                    {
-                        "source": name,
-                        "epoch": epoch,
-                        "index": corrupt,
-                        "key": error.key,
-                        "shard": error.shard,
-                        "offset": error.offset,
-                        "reason": error.reason,
-                        "substitute": used,
-                    }
-                )
+        reader, used, corrupt = self._readers[name], index, 0
+        for attempt in range(_MAX_ATTEMPTS):
+            place: Quarantined | CorruptSample | None = self._quarantine.holding(name, used, batch.step)
+            if place is None:
+                info = reader.info(used)
+                seed = sample_seed(self.recipe.seed, name, epoch, used, attempt)
+                try:
+                    return reader.training_view(info, seed), info, used, attempt
+                except CorruptSample as error:
+                    if self.recipe.data.on_corrupt == "stop":
+                        raise
+                    place, corrupt = error, corrupt + 1
+            replaced, used = used, self._plan.substitute(name, epoch, index, attempt)
+            batch.events.append(
+                {
+                    "source": name,
+                    "epoch": epoch,
+                    "index": replaced,
+                    "key": place.key,
+                    "shard": place.shard,
+                    "offset": place.offset,
+                    "reason": place.reason,
+                    "substitute": used,
+                }
+            )
+            if corrupt > _MAX_SUBSTITUTES:
+                break
         raise DataError(
             f"source {name}: sample {index} of epoch {epoch} and all of its {_MAX_SUBSTITUTES} substitutes "
-            f"are corrupt, the last: {events[-1]['reason']}: run `tubeworks data verify` on "
+            f"are corrupt, the last: {batch.events[-1]['reason']}: run `tubeworks data verify` on "
             f"{self._sources[name].manifest.folder}"
         )
 

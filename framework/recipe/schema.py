@@ -143,7 +143,7 @@ class Data(Section):
     on_corrupt: Literal["stop", "substitute"] = "stop"
     """What to do with a sample whose checksum or decode fails; a substitute is fixed by the plan."""
     max_corrupt: NonNegative = 100
-    """With `substitute`: stop all the same after so many corrupt samples in one attempt."""
+    """With `substitute`: stop all the same when an attempt finds more corrupt samples, on all ranks."""
 
     @model_validator(mode="after")
     def _mixture_names_sources(self) -> Data:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import logging
 import time
-from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import torch
 from framework.data.loader import Batch, training_batches
 from framework.data.plan import Plan
 from framework.data.sources import OpenSource, build_plan, open_sources
-from framework.errors import CheckpointError, TrainingStopped, TubeworksError
+from framework.errors import CheckpointError, TrainingStopped
 from framework.models.registry import build_model, inputs_of
 from framework.recipe import recipe_hash
 from framework.recipe.schema import Recipe
@@ -22,6 +21,7 @@ from framework.tracking.mirror import Status
 from framework.training.checkpoint import CheckpointReader, choose_checkpoint, prune, save_checkpoint
 from framework.training.distributed import Peers, choose_device, start_process_group
 from framework.training.engine import start_engine, unsharded_norm
+from framework.training.feed import Feed, agreed_quarantine
 from framework.training.guards import CollapseGuard, DeadGuard
 from framework.training.held_out import evaluate_held_out
 from framework.training.initial import initialise
@@ -83,9 +83,16 @@ def prepare(recipe: Recipe, run: Path, device: torch.device, peers: Peers, signa
     if reader and reader.manifest["plan"] != plan.hash:
         raise CheckpointError(f"{reader.folder} is of a run with other shards or another order of samples")
     start = reader.step if reader else 0
+    quarantine = agreed_quarantine(run, peers, reader.manifest if reader else None)
     # Before the model is built: the data workers are forked here, and would keep pages of its weights alive.
     batches = training_batches(
-        recipe, sources, plan, peers.world, start_step=start, stop_step=recipe.train.steps
+        recipe,
+        sources,
+        plan,
+        peers.world,
+        start_step=start,
+        stop_step=recipe.train.steps,
+        quarantine=quarantine,
     )
 
     with returned_memory():
@@ -109,6 +116,7 @@ def prepare(recipe: Recipe, run: Path, device: torch.device, peers: Peers, signa
         sources,
         held_out,
         plan,
+        batches,
         on_device(batches, device),
         engine,
         state,
@@ -144,10 +152,11 @@ def run_steps(session: Session, recorder: Recorder) -> int:
     steps, accumulation = recipe.train.steps, recipe.train.accumulation
     weights = {name: recipe.data.sources[name].loss_weight for name in recipe.data.mixture}
     meters = Meters(recipe.data.mixture, session.device)
+    feed = Feed(session)
     collapse, dead = CollapseGuard(recipe), DeadGuard(session.engine.module, recipe)
     for step in range(session.start, steps):
         began = time.perf_counter()
-        micro_batches = next_step(session.batches, accumulation, peers)
+        micro_batches = feed.next_step(accumulation)
         waited = time.perf_counter() - began
         recorder.fed(step, micro_batches)
 
@@ -180,19 +189,6 @@ def run_steps(session: Session, recorder: Recorder) -> int:
         if stop:
             return stop
     return 0
-
-
-def next_step(batches: Iterator[Batch], accumulation: int, peers: Peers) -> list[Batch]:
-    """The micro-batches of the next step; if one rank has no data, all ranks leave with its error."""
-    failure: TubeworksError | None = None
-    micro_batches: list[Batch] = []
-    try:
-        micro_batches = [next(batches) for _ in range(accumulation)]
-    except TubeworksError as error:
-        failure = error
-    if peers.highest([failure is not None])[0]:
-        peers.raise_first(failure)
-    return micro_batches
 
 
 def take_step(
@@ -264,6 +260,7 @@ def save(session: Session, step: int, recorder: Recorder) -> None:
         "zero": session.recipe.engine.zero,
         "precision": session.recipe.engine.precision,
         "skipped_steps": session.skipped,
+        "quarantine": session.loader.quarantine.digest(step),
     }
     folder = save_checkpoint(session.run, step, session.engine.module, session.state, session.peers, facts)
     settings = session.recipe.checkpoint

@@ -48,7 +48,7 @@ class Recorder:
         events = [event for batch in micro_batches for event in batch.events]
         if self._main and step == self._session.start and micro_batches:
             batch_sheet(self._session.run, step, micro_batches[0], self._session.sources)
-        if self._session.recipe.data.on_corrupt == "substitute":
+        if self._session.recipe.data.on_corrupt == "substitute" or self._session.loader.quarantine:
             self._replaced(step, events)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -136,11 +136,12 @@ class Recorder:
 
     def _replaced(self, step: int, events: list[dict[str, object]]) -> None:
         peers = self._session.peers
+        if not peers.highest([len(events)])[0]:
+            return
         replaced = [event for share in peers.gather(events) for event in share]
 
         def write() -> None:
             for event in replaced:
                 append_event(self._session.run, "replaced", step, **event)
 
-        if replaced:
-            peers.on_main(write)
+        peers.on_main(write)

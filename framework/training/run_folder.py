@@ -4,6 +4,7 @@ RUN/recipe.yaml      the resolved recipe
 RUN/run.json         version, hashes of recipe and plan, and one entry per attempt
 RUN/journal.jsonl    the metrics (see framework.tracking.journal)
 RUN/events.jsonl     what happened besides: replaced samples, skipped steps, checkpoints
+RUN/quarantine.jsonl samples that are not fed again (see framework.data.quarantine)
 RUN/checkpoints/     see framework.training.checkpoint
 """
 

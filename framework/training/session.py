@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from framework.data.loader import Batch
+from framework.data.loader import Batch, TrainingBatches
 from framework.data.plan import Plan
 from framework.data.sources import OpenSource
 from framework.recipe.schema import Recipe
 from framework.training.distributed import Peers
 from framework.training.signals import SignalFlag
 from framework.training.state import TrainState
+from framework.training.transfer import Closable
 
 __all__ = ["Session"]
 
@@ -33,8 +33,10 @@ class Session:
     held_out: dict[str, OpenSource]
     """Held-out samples of the sources that have some."""
     plan: Plan
-    batches: Generator[Batch, None, None]
-    """The micro-batches of the steps that are left, of this rank."""
+    loader: TrainingBatches
+    """Makes the micro-batches of the steps that are left, of this rank."""
+    batches: Closable[Batch]
+    """Those micro-batches, on the device."""
     engine: Any
     """DeepSpeed's engine; its `module` is the model."""
     state: TrainState

@@ -7,20 +7,29 @@ import threading
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from framework.data.loader import Batch, Group
 
-__all__ = ["ahead", "on_device"]
+__all__ = ["Closable", "ahead", "copied", "on_device"]
 
 Item = TypeVar("Item")
 Made = TypeVar("Made")
+Given = TypeVar("Given", covariant=True)
 
 
-def on_device(batches: Generator[Batch, None, None], device: torch.device) -> Generator[Batch, None, None]:
+class Closable(Protocol[Given]):
+    """An iterator that ends what works for it when it is closed, such as a generator."""
+
+    def __iter__(self) -> Iterator[Given]: ...
+    def __next__(self) -> Given: ...
+    def close(self) -> None: ...
+
+
+def on_device(batches: Closable[Batch], device: torch.device) -> Closable[Batch]:
     """The same micro-batches in the same order, with pixels and labels on the device.
 
     On a GPU a thread pins each one (uint8, as it was decoded) and copies it on a stream of its own, one
@@ -31,7 +40,7 @@ def on_device(batches: Generator[Batch, None, None], device: torch.device) -> Ge
     return _copied(batches, device) if device.type == "cuda" else batches
 
 
-def ahead(items: Generator[Item, None, None], work: Callable[[Item], Made]) -> Generator[Made, None, None]:
+def ahead(items: Closable[Item], work: Callable[[Item], Made]) -> Generator[Made, None, None]:
     """Yield work(item) of every item in order, done by a thread that is at most one item ahead.
 
     What `items` or `work` raises is raised here when its turn comes. Closing this ends the thread and
@@ -41,20 +50,27 @@ def ahead(items: Generator[Item, None, None], work: Callable[[Item], Made]) -> G
         yield from made
 
 
-def _copied(batches: Generator[Batch, None, None], device: torch.device) -> Generator[Batch, None, None]:
+def copied(batch: Batch, device: torch.device) -> Batch:
+    """A micro-batch on the device, copied by the current stream; without a GPU the batch itself."""
+    if device.type != "cuda":
+        return batch
+    return replace(batch, groups={name: _copy_group(group, device) for name, group in batch.groups.items()})
+
+
+def _copied(batches: Closable[Batch], device: torch.device) -> Generator[Batch, None, None]:
     stream = torch.cuda.Stream(device)
 
     def copy(batch: Batch) -> tuple[Batch, torch.cuda.Event]:
         with torch.cuda.stream(stream):
-            groups = {name: _copy_group(group, device) for name, group in batch.groups.items()}
-            copied = torch.cuda.Event()
-            copied.record(stream)
-        return replace(batch, groups=groups), copied
+            there = copied(batch, device)
+            done = torch.cuda.Event()
+            done.record(stream)
+        return there, done
 
     with closing(ahead(batches, copy)) as copies:
-        for batch, copied in copies:
+        for batch, done in copies:
             current = torch.cuda.current_stream(device)
-            current.wait_event(copied)
+            current.wait_event(done)
             for group in batch.groups.values():
                 # Their memory may be used again when this stream, too, is done with it.
                 group.pixels.record_stream(current)
@@ -81,7 +97,7 @@ class _End:
 class _Ahead(Iterator[Made], Generic[Item, Made]):
     """A thread that works, and the queue between it and who asks."""
 
-    def __init__(self, items: Generator[Item, None, None], work: Callable[[Item], Made]) -> None:
+    def __init__(self, items: Closable[Item], work: Callable[[Item], Made]) -> None:
         self._items = items
         self._made: queue.Queue[Made | _End] = queue.Queue(1)
         self._closed = threading.Event()

@@ -204,15 +204,6 @@ def test_good_samples_are_untouched_by_a_substitution(
     assert changed == 2
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_too_many_corrupt_samples_end_the_run(workers: int, damaged: Path, make_recipe: Callable) -> None:
-    recipe = make_recipe(damaged, data={"on_corrupt": "substitute", "max_corrupt": 1, "workers": workers})
-    with pytest.raises(
-        DataError, match=r"2 corrupt samples .*data\.max_corrupt=1; the last: checksum .*moves/006"
-    ):
-        batches_of(recipe, World())
-
-
 def test_a_source_of_nothing_but_corrupt_samples(shards: Path, tmp_path: Path, make_recipe: Callable) -> None:
     folder = Path(shutil.copytree(shards, tmp_path / "copy"))
     for path in folder.glob("*.tar"):
