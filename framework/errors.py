@@ -13,6 +13,7 @@ __all__ = [
     "ModelError",
     "PeerLost",
     "RecipeError",
+    "SchedulerError",
     "TrainingStopped",
     "TubeworksError",
 ]
@@ -75,6 +76,12 @@ class PeerLost(TubeworksError):
     """Another rank is gone in the middle of what all do together; its own output says why."""
 
     exit_code = 6
+
+
+class SchedulerError(TubeworksError):
+    """Slurm that is not there, does not answer, or refuses what it is asked."""
+
+    exit_code = 8
 
 
 class TrainingStopped(TubeworksError):
