@@ -191,13 +191,32 @@ def describe(
         Optional[float],  # noqa: UP045
         typer.Option(min=0.0, help="With --search: at most so many 1e9 multiply-adds a clip."),
     ] = None,
+    hardware: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            metavar="GPU|FILE",
+            help="Forecast time, memory and bottleneck on a100, h100, h200, or the GPU of a results file.",
+        ),
+    ] = None,
+    nodes: Annotated[int, typer.Option(min=1, help="With --hardware.")] = 1,
+    gpus_per_node: Annotated[int, typer.Option(min=1, help="With --hardware.")] = 8,
+    decode_ms: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(metavar="SOURCE=MS", help="With --hardware: processor time that a sample costs."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say what a model is: tubes, tokens, parameters and FLOPs."""
+    """Say what a model is: tubes, tokens, parameters and FLOPs; and what a run will need."""
     if gmac is not None and not search:
         raise typer.BadParameter("is the budget of --search, which is missing", param_hint="--gmac")
     if name is None and not search:
         raise typer.BadParameter("name a model such as tubevit_b, or a recipe", param_hint="MODEL|RECIPE")
+    if hardware is not None:
+        from framework.forecast.command import forecast_command
+
+        around = {"nodes": nodes, "gpus_per_node": gpus_per_node, "decode_ms": decode_ms or []}
+        forecast_command(name or "", overrides or [], hardware, **around, as_json=as_json)
+        return
     from framework.models.describe import describe_command, search_command
 
     if search:

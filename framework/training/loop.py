@@ -14,6 +14,7 @@ from framework.data.loader import Batch, training_batches
 from framework.data.plan import Plan
 from framework.data.sources import OpenSource, build_plan, open_sources
 from framework.errors import CheckpointError, TrainingStopped
+from framework.forecast.memory_advice import memory_explained
 from framework.models.registry import build_model, inputs_of
 from framework.recipe import recipe_hash
 from framework.recipe.schema import Recipe
@@ -200,10 +201,11 @@ def take_step(
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
     norm = None
-    for batch in micro_batches:
-        engine.backward(micro_step(engine, batch, recipe.data.sources, session.device, meters))
-        norm = unsharded_norm(engine)
-        engine.step()
+    with memory_explained(recipe, session.peers.world, session.device):
+        for batch in micro_batches:
+            engine.backward(micro_step(engine, batch, recipe.data.sources, session.device, meters))
+            norm = unsharded_norm(engine)
+            engine.step()
     finish_step(session, step)
     return lr, norm
 

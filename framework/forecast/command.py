@@ -1,0 +1,93 @@
+"""`tubeworks describe RECIPE --hardware GPU`: a forecast as a table or as JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from framework.forecast.forecast import Surroundings, forecast, parse_decode_ms
+from framework.forecast.hardware import find_hardware
+from framework.recipe import load_recipe
+
+__all__ = ["forecast_command"]
+
+GB = 1e9
+
+
+def forecast_command(
+    recipe_name: str,
+    overrides: Sequence[str],
+    hardware: str,
+    *,
+    nodes: int,
+    gpus_per_node: int,
+    decode_ms: Sequence[str],
+    as_json: bool,
+) -> None:
+    """Write the forecast of a recipe to the standard output.
+
+    Errors:
+        RecipeError: of the recipe, of the hardware, or a mixture that so many ranks cannot share.
+    """
+    recipe = load_recipe(recipe_name, overrides).recipe
+    around = Surroundings(nodes, gpus_per_node, parse_decode_ms(list(decode_ms), recipe))
+    found = forecast(recipe, find_hardware(hardware), around)
+    console = Console()
+    if as_json:
+        console.out(json.dumps(found, indent=2), highlight=False)
+        return
+    console.print(_table(found))
+    console.print(f"[dim]GPU: {found['hardware']['source']}[/dim]", highlight=False)
+
+
+def _table(found: dict[str, Any]) -> Table:
+    head = f"{found['recipe']} on {found['gpus']} x {found['hardware']['name']}, {found['nodes']} node(s)"
+    result = Table(title=head, box=box.SIMPLE_HEAD, title_justify="left", show_header=False)
+    for label, text in _lines(found):
+        result.add_row(label, text)
+    return result
+
+
+def _lines(found: dict[str, Any]) -> list[tuple[str, str]]:
+    times, decode, memory, share = (found[key] for key in ("times", "decode", "memory", "share"))
+    rates = ", ".join(f"{name} {rate:,.0f}" for name, rate in found["samples_per_s"].items())
+    parts = ", ".join(f"{name} {seconds * 1e3:.1f}" for name, seconds in times.items())
+    costs = ", ".join(f"{name} {value:g}" for name, value in decode["ms"].items())
+    micro = ", ".join(f"{name} {count}" for name, count in memory["micro_batch"].items())
+    states = memory["weights"] + memory["gradients"] + memory["optimizer"] + memory["average"]
+    largest = "{plain} plain, {checkpointed} with activation checkpointing".format(**memory["largest"])
+    verdict = "fits" if memory["fits"] else "DOES NOT FIT"
+    return [
+        ("step", f"{found['step_s'] * 1e3:.1f} ms"),
+        ("of which, each alone (ms)", parts),
+        ("bottleneck", _advice(found)),
+        ("samples a second", rates),
+        ("whole run", f"{found['hours']:.1f} h, {found['gpu_hours']:.0f} GPU-hours"),
+        ("share of the matrix rate", f"{share['value']:.0%}, {share['origin']}"),
+        ("decode, processor ms a sample", costs),
+        ("cores for decode, per GPU", f"{decode['cores_per_gpu']:.1f} ({decode['workers_per_gpu']} workers)"),
+        ("memory of a GPU", f"{memory['total'] / GB:.1f} of {memory['capacity'] / GB:.1f} GB: {verdict}"),
+        (
+            "  states, activations, pixels",
+            ", ".join(f"{value / GB:.1f}" for value in (states, memory["activations"], memory["pixels"])),
+        ),
+        ("micro-batch", micro),
+        ("largest, of the smallest source", largest),
+    ]
+
+
+def _advice(found: dict[str, Any]) -> str:
+    name = found["bottleneck"]
+    if name == "decode":
+        wanted = found["decode"]["cores_per_gpu"]
+        return f"decode: data.workers={wanted:.0f} with as many cores per GPU, or shards that cost less"
+    return {
+        "compute": "compute: the GPU, as it should be",
+        "network": "network: larger micro-batches with accumulation, or fewer nodes",
+        "copy": "copy: the host's link",
+    }[name]
