@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy
 
 from data_tools.report import counted, human_bytes
-from framework.data.manifest import DatasetInfo, Manifest
+from framework.data.datasets import DatasetInfo, rows_of
+from framework.data.manifest import Manifest
 
 __all__ = ["inspect_shards", "inspection_text"]
 
@@ -29,15 +30,12 @@ def inspect_shards(folder: Path) -> dict[str, Any]:
 
 def _dataset(manifest: Manifest, number: int, info: DatasetInfo) -> dict[str, Any]:
     chosen = manifest.column("dataset") == number
-    labels = manifest.column("label")[chosen]
-    counts = numpy.bincount(labels[labels >= 0], minlength=len(info.classes)).tolist()
     summary: dict[str, Any] = {
         "name": info.name,
         "split": info.split,
         "kind": info.kind,
         "samples": info.samples,
-        "unlabelled": int((labels < 0).sum()),
-        "classes": dict(zip(info.classes, counts, strict=True)),
+        **_labels(manifest, chosen, info),
         "sample_bytes": _range(manifest.column("length")[chosen]),
         "width": _range(manifest.column("width")[chosen]),
         "height": _range(manifest.column("height")[chosen]),
@@ -48,6 +46,34 @@ def _dataset(manifest: Manifest, number: int, info: DatasetInfo) -> dict[str, An
         summary["frames"], summary["fps"] = _range(frames), _range(fps)
         summary["seconds"] = {**_range(seconds), "total": round(float(seconds.sum()), 3)}
     return summary
+
+
+def _labels(manifest: Manifest, chosen: numpy.ndarray, info: DatasetInfo) -> dict[str, Any]:
+    """Samples of each class, and how many have none."""
+    if info.target == "single":
+        labels = manifest.column("label")[chosen]
+        return {"unlabelled": int((labels < 0).sum()), "classes": _counts(labels, info.classes)}
+    lengths, targets = rows_of(*manifest.targets(), numpy.flatnonzero(chosen))
+    if info.target == "multi":
+        return {
+            "target": "multi",
+            "unlabelled": int((lengths == 0).sum()),
+            "classes": _counts(targets, info.classes),
+            "labels": _range(lengths),
+        }
+    table = targets.reshape(-1, len(info.heads))
+    heads = zip(info.heads, table.T, strict=True)
+    return {
+        "target": "heads",
+        "unlabelled": int((table < 0).any(axis=1).sum()),
+        "classes": {},
+        "heads": {head.name: _counts(labels, head.classes) for head, labels in heads},
+    }
+
+
+def _counts(labels: numpy.ndarray, classes: Sequence[str]) -> dict[str, int]:
+    counts = numpy.bincount(labels[labels >= 0], minlength=len(classes)).tolist()
+    return dict(zip(classes, counts, strict=True))
 
 
 def _range(values: numpy.ndarray) -> dict[str, float]:
@@ -71,13 +97,12 @@ def inspection_text(summary: dict[str, Any]) -> str:
 
 def _rows(dataset: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "samples", f"{dataset['samples']} {dataset['kind']}s, split {dataset['split']}"
-    classes: dict[str, int] = dataset["classes"]
-    if classes:
-        empty = [name for name, count in classes.items() if not count]
-        without = f"; none of {', '.join(empty[:5])}{' …' if len(empty) > 5 else ''}" if empty else ""
-        counts = [float(count) for count in classes.values()]
-        each = _spread(_range(numpy.array(counts)), "{:g}".format)
-        yield "classes", f"{len(classes)} with {each} samples each{without}"
+    if dataset["classes"]:
+        yield "classes", _classes_text(dataset["classes"])
+    for head, counted_classes in dataset.get("heads", {}).items():
+        yield head[:10], _classes_text(counted_classes)
+    if "labels" in dataset:
+        yield "labels", _spread(dataset["labels"], "{:g}".format) + " of a sample"
     if dataset["unlabelled"]:
         yield "unlabelled", str(dataset["unlabelled"])
     yield "file size", _spread(dataset["sample_bytes"], human_bytes)
@@ -88,6 +113,13 @@ def _rows(dataset: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "rate", _spread(dataset["fps"], "{:g} frames/s".format)
         yield "seconds", _spread(dataset["seconds"], "{:g}".format)
         yield "in all", f"{dataset['seconds']['total'] / 3600:.2f} hours"
+
+
+def _classes_text(classes: Mapping[str, int]) -> str:
+    empty = [name for name, count in classes.items() if not count]
+    without = f"; none of {', '.join(empty[:5])}{' …' if len(empty) > 5 else ''}" if empty else ""
+    each = _spread(_range(numpy.array([float(count) for count in classes.values()])), "{:g}".format)
+    return f"{len(classes)} with {each} samples each{without}"
 
 
 def _spread(values: Mapping[str, float], form: Callable[[float], str]) -> str:

@@ -13,12 +13,13 @@ import re
 import stat
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
-from framework.data.manifest import Kind
+from framework.data.datasets import HeadInfo, Kind
 from framework.errors import DataError
+from framework.targets import TargetKind
 
 __all__ = [
     "IMAGE_SUFFIXES",
@@ -121,12 +122,17 @@ class MemberReader:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A file that was found: its place in the input, the stem for its key, its class (None: unknown)."""
+    """A file that was found: its place in the input, the stem for its key, its class (None: unknown).
+
+    In a multi-label collection `targets` are the names of all classes that apply, in any order, and in one
+    with heads the name of a class for each head, None where it is not known; `class_name` is None then.
+    """
 
     source: str
     stem: str
     class_name: str | None
     reader: Reader
+    targets: tuple[str | None, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +145,10 @@ class Failure:
 
 @dataclass
 class Collection:
-    """One input after looking at names only; `classes` in the order of their labels."""
+    """One input after looking at names only; `classes` in the order of their labels.
+
+    With `heads` every sample has a class of each; then `classes` is empty and `target` is heads.
+    """
 
     name: str
     split: str
@@ -150,6 +159,8 @@ class Collection:
     failed: list[Failure] = field(default_factory=list)
     fixed_classes: bool = False
     """The classes were given and must not be extended by those of another collection."""
+    target: TargetKind = "single"
+    heads: tuple[HeadInfo, ...] = ()
 
     def __post_init__(self) -> None:
         if not _DATASET_NAME.fullmatch(self.name):
@@ -160,7 +171,10 @@ class Collection:
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One sample to be: `dataset` is an index into the data sets, `label` -1 where the class is unknown."""
+    """One sample to be: `dataset` is an index into the data sets, `label` -1 where the class is unknown.
+
+    `targets` are those of the manifest (see `framework.data.datasets.DatasetInfo`).
+    """
 
     key: str
     dataset: int
@@ -169,6 +183,9 @@ class Item:
     class_name: str | None
     source: str
     reader: Reader
+    targets: tuple[int, ...] = ()
+    target_names: tuple[str, ...] | dict[str, str | None] | None = None
+    """The names of the targets, by head if there are heads; None where there is one label."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,6 +196,8 @@ class DatasetPlan:
     split: str
     kind: Kind
     classes: tuple[str, ...]
+    target: TargetKind = "single"
+    heads: tuple[HeadInfo, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -207,10 +226,14 @@ def kind_of_suffix(name: str) -> Kind | None:
 def inventory(collections: Sequence[Collection]) -> Inventory:
     """Join collections to the items of one set of shards; collections of one name become one data set.
 
-    Raises DataError if two of one name differ in kind or split, or if there is nothing to shard.
+    Raises DataError if two of one name differ in kind, split or heads, if a class is not among those of its
+    data set, or if there is nothing to shard.
     """
     datasets = _datasets(collections)
-    labels = [{name: label for label, name in enumerate(dataset.classes)} for dataset in datasets]
+    labels = [
+        [{name: label for label, name in enumerate(classes)} for classes in _class_lists(dataset)]
+        for dataset in datasets
+    ]
     index = {dataset.name: number for number, dataset in enumerate(datasets)}
     items: list[Item] = []
     for collection, stems in zip(collections, _stems(collections), strict=True):
@@ -221,10 +244,12 @@ def inventory(collections: Sequence[Collection]) -> Inventory:
                     key=f"{collection.name}/{stem}",
                     dataset=number,
                     kind=collection.kind,
-                    label=-1 if entry.class_name is None else labels[number][entry.class_name],
+                    label=-1 if entry.class_name is None else labels[number][0][entry.class_name],
                     class_name=entry.class_name,
                     source=display(entry.source),
                     reader=entry.reader,
+                    targets=_targets(entry, datasets[number], labels[number]),
+                    target_names=_target_names(entry, datasets[number]),
                 )
             )
     items.sort(key=lambda item: item.key)
@@ -234,6 +259,35 @@ def inventory(collections: Sequence[Collection]) -> Inventory:
         missing=tuple(name for collection in collections for name in collection.missing),
         failed=tuple(failure for collection in collections for failure in collection.failed),
     )
+
+
+def _class_lists(dataset: DatasetPlan) -> list[tuple[str, ...]]:
+    return [head.classes for head in dataset.heads] or [dataset.classes]
+
+
+def _targets(entry: Entry, dataset: DatasetPlan, labels: Sequence[dict[str, int]]) -> tuple[int, ...]:
+    """The targets of an entry as numbers; DataError where they do not fit the data set."""
+    where = f"{display(entry.source)}: in data set {dataset.name!r}"
+    if (entry.targets and dataset.target == "single") or (entry.class_name and dataset.target != "single"):
+        raise DataError(f"{where} a sample has {dataset.target} targets, this one says otherwise")
+    if dataset.target == "heads" and len(entry.targets) != len(dataset.heads):
+        heads = ", ".join(head.name for head in dataset.heads)
+        raise DataError(f"{where} a sample has a class for each of {heads}, this one {len(entry.targets)}")
+    try:
+        if dataset.target == "heads":
+            pairs = zip(labels, entry.targets, strict=True)
+            return tuple(-1 if name is None else known[name] for known, name in pairs)
+        return tuple(sorted({labels[0][str(name)] for name in entry.targets}))
+    except KeyError as error:
+        raise DataError(f"{where} there is no class {error.args[0]!r}") from None
+
+
+def _target_names(entry: Entry, dataset: DatasetPlan) -> tuple[str, ...] | dict[str, str | None] | None:
+    if dataset.target == "single":
+        return None
+    if dataset.heads:
+        return dict(zip((head.name for head in dataset.heads), entry.targets, strict=True))
+    return tuple(sorted(str(name) for name in entry.targets))
 
 
 def _datasets(collections: Sequence[Collection]) -> tuple[DatasetPlan, ...]:
@@ -248,11 +302,12 @@ def _datasets(collections: Sequence[Collection]) -> tuple[DatasetPlan, ...]:
                 f" {first.split!r} and the other {collection.kind}s of split {collection.split!r}:"
                 " give them different names"
             )
-        classes = _union(first, collection)
-        merged[collection.name] = Collection(
-            first.name, first.split, first.kind, classes, fixed_classes=first.fixed_classes
+        if (first.target, first.heads) != (collection.target, collection.heads):
+            raise DataError(f"two inputs are called {first.name!r}, but their samples have other targets")
+        merged[collection.name] = replace(
+            first, classes=_union(first, collection), entries=[], missing=[], failed=[]
         )
-    return tuple(DatasetPlan(c.name, c.split, c.kind, c.classes) for c in merged.values())
+    return tuple(DatasetPlan(c.name, c.split, c.kind, c.classes, c.target, c.heads) for c in merged.values())
 
 
 def _union(first: Collection, second: Collection) -> tuple[str, ...]:

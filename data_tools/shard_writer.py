@@ -19,13 +19,15 @@ from typing import Any, BinaryIO
 from data_tools.items import Failure, Item, Unusable
 from data_tools.pool import Advance
 from data_tools.probe import Media, probe
-from framework.data.manifest import KINDS, SCHEMA
+from framework.data.datasets import KINDS
+from framework.data.manifest import SCHEMA, TARGETS
 from framework.files import replace_file, replace_text
 
 __all__ = ["ROW", "ShardRecord", "ShardTask", "make_shard", "read_record", "shard_name"]
 
-ROW = tuple(name for name in SCHEMA.names if name != "shard")
-"""The columns of a row: a sample as its shard's worker knows it, before shards have their final numbers."""
+ROW = (*(name for name in SCHEMA.names if name != "shard"), TARGETS.name)
+"""The columns of a row, always with targets: a sample as its shard's worker knows it, before shards have
+their final numbers."""
 
 _LARGEST_MEMBER = 8 * 2**30 - 1  # USTAR writes sizes in eleven octal digits
 
@@ -164,6 +166,8 @@ def _add_sample(archive: tarfile.TarFile, item: Item, dataset: str, data: bytes,
         "frames": media.frames,
         "fps": round(media.fps, 6),
     }
+    if item.target_names is not None:
+        about |= {"targets": list(item.targets), "target_names": item.target_names}
     _add_member(archive, f"{item.key}.json", json.dumps(about, sort_keys=True).encode("ascii"))
     row = {
         "key": item.key,
@@ -179,6 +183,7 @@ def _add_sample(archive: tarfile.TarFile, item: Item, dataset: str, data: bytes,
         "fps": media.fps,
         "keyframes": list(media.keyframes),
         "extension": media.extension,
+        "targets": list(item.targets),
     }
     return [row[column] for column in ROW]
 

@@ -25,7 +25,7 @@ from data_tools.items import Inventory, Item
 from data_tools.pool import progress_bar, run_tasks
 from data_tools.report import REPORT_NAME, ShardReport
 from data_tools.shard_writer import ROW, ShardRecord, ShardTask, make_shard, read_record, shard_name
-from framework.data.manifest import MANIFEST_NAME, SAMPLES_NAME, DatasetInfo, ShardInfo
+from framework.data.manifest import MANIFEST_NAME, SAMPLES_NAME, TARGETS, DatasetInfo, ShardInfo
 from framework.data.manifest_writer import write_manifest
 from framework.errors import DataError
 from framework.files import replace_text, sync_folder
@@ -134,7 +134,7 @@ def _settings(inventory: Inventory, options: ShardOptions) -> str:
     head = [_LAYOUT, options.seed, options.samples, options.megabytes]
     digest.update(json.dumps([head, [asdict(dataset) for dataset in inventory.datasets]]).encode())
     for item in inventory.items:
-        line = [item.key, item.dataset, item.label, item.source, item.reader.identity]
+        line = [item.key, item.dataset, item.label, item.source, item.reader.identity, item.targets]
         digest.update(json.dumps(line).encode())
     return digest.hexdigest()
 
@@ -213,12 +213,12 @@ def _finish(
         ShardInfo(shard_name(number), record.bytes, record.blake2b, len(record.rows))
         for number, record in enumerate(kept)
     ]
-    columns = _columns(kept)
+    columns = _columns(kept, inventory)
     counts = [0] * len(inventory.datasets)
     for dataset in columns["dataset"]:
         counts[dataset] += 1
     datasets = [
-        DatasetInfo(plan.name, plan.split, plan.kind, plan.classes, count)
+        DatasetInfo(plan.name, plan.split, plan.kind, plan.classes, count, plan.target, plan.heads)
         for plan, count in zip(inventory.datasets, counts, strict=True)
     ]
     replace_text(staging / REPORT_NAME, report.to_json())
@@ -232,12 +232,14 @@ def _finish(
         _remove(old)
 
 
-def _columns(records: Sequence[ShardRecord]) -> dict[str, list[Any]]:
+def _columns(records: Sequence[ShardRecord], inventory: Inventory) -> dict[str, list[Any]]:
     columns: dict[str, list[Any]] = {name: [] for name in ("shard", *ROW)}
     for number, record in enumerate(records):
         columns["shard"].extend([number] * len(record.rows))
         for name, values in zip(ROW, zip(*record.rows, strict=True), strict=True):
             columns[name].extend(values)
+    if all(dataset.target == "single" for dataset in inventory.datasets):
+        del columns[TARGETS.name]
     return columns
 
 

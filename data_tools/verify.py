@@ -18,6 +18,7 @@ from data_tools.items import Unusable
 from data_tools.pool import Advance, progress_bar, run_tasks
 from data_tools.probe import probe
 from data_tools.report import counted, human_bytes
+from framework.data.datasets import targets_problem
 from framework.data.manifest import MANIFEST_NAME, SAMPLES_NAME, Manifest, SampleInfo
 from framework.errors import DataError
 from framework.files import hash_file
@@ -102,6 +103,9 @@ def _table_problems(manifest: Manifest) -> Iterator[Problem]:
     counts = numpy.bincount(shard, minlength=len(manifest.shards)).tolist()
     if counts != [entry.samples for entry in manifest.shards] or (numpy.diff(shard) < 0).any():
         yield Problem(SAMPLES_NAME, "its rows do not match the shards of the manifest")
+    numbers = manifest.column("dataset").astype(numpy.int64)
+    if problem := targets_problem(manifest.datasets, numbers, *manifest.targets()):
+        yield Problem(SAMPLES_NAME, problem)
 
 
 @functools.lru_cache(maxsize=1)

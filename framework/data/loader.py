@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from framework.data.labels import label_row, new_labels
 from framework.data.plan import Plan
 from framework.data.pool import Failure, in_order, pixel_memory
 from framework.data.quarantine import Quarantine, Quarantined
@@ -39,7 +40,7 @@ class Group:
     """
 
     pixels: torch.Tensor  # uint8 (batch, 3, frames, height, width)
-    labels: torch.Tensor  # int64 (batch,)
+    labels: torch.Tensor  # int64 (batch,); multi-label float32 (batch, classes); heads int64 (batch, heads)
     index: torch.Tensor  # int64 (batch,), in the source's selection
     seeds: torch.Tensor  # int64 (batch,), the bits of `sample_seed`
 
@@ -64,7 +65,7 @@ class EvalBatch:
     """Views of some samples of one source; rows with `valid` False only fill up the last batch."""
 
     pixels: torch.Tensor  # uint8 (batch, views, 3, frames, height, width)
-    labels: torch.Tensor  # int64 (batch,); 0 where not valid
+    labels: torch.Tensor  # as of `Group`; 0 where not valid
     index: torch.Tensor  # int64 (batch,), in the source's selection; -1 where not valid
     valid: torch.Tensor  # bool (batch,)
 
@@ -180,18 +181,18 @@ class _TrainingBatches:
     def _group(self, name: str, epochs: np.ndarray, indices: np.ndarray, batch: Batch) -> Group:
         source = self.recipe.data.sources[name]
         shape = (len(indices), source.frames, source.size, source.size, 3)
-        pixels, labels = pixel_memory(shape), np.empty(len(indices), np.int64)
+        pixels, labels = pixel_memory(shape), new_labels(source.targets, len(indices))
         used, views = np.array(indices, np.int64), np.zeros(len(indices), np.int64)
         for row, epoch in enumerate(epochs):
             view, info, used[row], views[row] = self._sample(name, int(epoch), int(indices[row]), batch)
             started = time.perf_counter()
             pixels[row].numpy()[...] = view
-            labels[row] = info.label
+            labels[row] = label_row(source.targets, info)
             self._readers[name].seconds["collate"] += time.perf_counter() - started
         seeds = sample_seeds(self.recipe.seed, name, epochs, used, views).view(np.int64)
         return Group(
             pixels.permute(0, 4, 1, 2, 3),
-            torch.from_numpy(labels),
+            labels,
             torch.from_numpy(used),
             torch.from_numpy(seeds),
         )
@@ -277,7 +278,7 @@ class _EvaluationBatches:
         index = np.arange(first, first + rows)
         valid = index < len(self._opened)
         shape = (rows, self._temporal * self._spatial, source.frames, source.size, source.size, 3)
-        labels = np.zeros(rows, np.int64)
+        labels = new_labels(source.targets, rows)
         try:
             pixels = pixel_memory(shape)
             for row in np.flatnonzero(valid):
@@ -286,12 +287,12 @@ class _EvaluationBatches:
                 pixels[row].numpy()[...] = self._reader.evaluation_views(
                     info, self._temporal, self._spatial, shuffle_seed=seed
                 )
-                labels[row] = info.label
+                labels[row] = label_row(source.targets, info)
         except TubeworksError as error:
             return Failure(error)
         return EvalBatch(
             pixels.permute(0, 1, 5, 2, 3, 4),
-            torch.from_numpy(labels),
+            labels,
             torch.from_numpy(np.where(valid, index, -1)),
             torch.from_numpy(valid),
         )

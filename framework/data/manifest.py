@@ -13,11 +13,12 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import numpy
 import pyarrow
 
+from framework.data.datasets import KINDS, DatasetInfo, HeadInfo, Kind, datasets_of
 from framework.errors import DataError
 from framework.files import hash_file
 
@@ -27,22 +28,22 @@ __all__ = [
     "MANIFEST_NAME",
     "SAMPLES_NAME",
     "SCHEMA",
+    "TARGETS",
     "VERSION",
     "DatasetInfo",
+    "HeadInfo",
     "Kind",
     "Manifest",
     "SampleInfo",
     "ShardInfo",
+    "version_of",
 ]
 
 FORMAT = "tubeworks-manifest"
-VERSION = 1
+VERSION = 2
+"""The latest; 2 has a column of targets, and is written only where a data set needs it."""
 MANIFEST_NAME = "manifest.json"
 SAMPLES_NAME = "samples.arrow"
-
-Kind = Literal["image", "video"]
-KINDS: tuple[Kind, Kind] = ("image", "video")
-"""The media kinds; their places are the numbers in the column `kind`."""
 
 SCHEMA = pyarrow.schema(
     [
@@ -64,6 +65,9 @@ SCHEMA = pyarrow.schema(
 )
 """Columns of samples.arrow. `offset` and `length` are those of the media bytes inside the tar."""
 
+TARGETS = pyarrow.field("targets", pyarrow.large_list(pyarrow.int32()))
+"""One more column in version 2: classes beyond one label (see `DatasetInfo`)."""
+
 
 @dataclass(frozen=True)
 class ShardInfo:
@@ -72,17 +76,6 @@ class ShardInfo:
     name: str
     bytes: int
     blake2b: str
-    samples: int
-
-
-@dataclass(frozen=True)
-class DatasetInfo:
-    """One data set inside the shards; a label is an index into `classes`, or -1 where it is not known."""
-
-    name: str
-    split: str
-    kind: Kind
-    classes: tuple[str, ...]
     samples: int
 
 
@@ -105,6 +98,13 @@ class SampleInfo:
     fps: float
     keyframes: numpy.ndarray
     extension: str
+    targets: tuple[int, ...] = ()
+    """Where the data set is multi-label or has heads (see `DatasetInfo`)."""
+
+
+def version_of(datasets: Sequence[DatasetInfo]) -> int:
+    """The version of a manifest of these data sets: the oldest that can say what they are."""
+    return 1 if all(dataset.target == "single" for dataset in datasets) else 2
 
 
 class Manifest:
@@ -139,9 +139,11 @@ class Manifest:
         folder = Path(folder)
         raw = _read_manifest_file(folder)
         content = _parse(folder, raw)
-        shards, datasets = _shards_of(folder, content), _datasets_of(folder, content)
+        shards = _shards_of(folder, content)
+        datasets = datasets_of(folder / MANIFEST_NAME, _field(folder, content, "datasets"))
         _check_shard_files(folder, shards)
-        batch, samples_checksum = _open_samples(folder, _field(folder, content, "samples"))
+        entry = _field(folder, content, "samples")
+        batch, samples_checksum = _open_samples(folder, entry, content["version"])
         expected = sum(shard.samples for shard in shards)
         if not len(batch) == expected == sum(dataset.samples for dataset in datasets):
             raise DataError(
@@ -199,12 +201,27 @@ class Manifest:
                 f"{self.folder / SAMPLES_NAME}: sample {index} points outside the manifest;"
                 " run `tubeworks data verify` on the folder, and copy or shard it anew"
             ) from None
-        return SampleInfo(index=index, keyframes=self.keyframes(index), **row)
+        return SampleInfo(index=index, keyframes=self.keyframes(index), targets=self._targets(index), **row)
 
     def keyframes(self, index: int) -> numpy.ndarray:
         """Indices of the key frames of the sample at `index`, read-only uint32; empty for images."""
         column = cast(pyarrow.LargeListArray, self._batch.column("keyframes"))
         return column[index].values.to_numpy(zero_copy_only=True)
+
+    def targets(self) -> tuple[numpy.ndarray, numpy.ndarray]:
+        """All targets, int32, one sample's after the other's, and where each begins (samples + 1,).
+
+        Empty where every data set has one label for a sample (see `framework.data.datasets.rows_of`).
+        """
+        if TARGETS.name not in self._batch.schema.names:
+            return numpy.zeros(len(self) + 1, numpy.int64), numpy.empty(0, numpy.int32)
+        column = cast(pyarrow.LargeListArray, self._batch.column(TARGETS.name))
+        return column.offsets.to_numpy(), column.values.to_numpy()
+
+    def _targets(self, index: int) -> tuple[int, ...]:
+        if TARGETS.name not in self._batch.schema.names:
+            return ()
+        return tuple(self._batch.column(TARGETS.name)[index].as_py())
 
     def dataset(self, name: str) -> DatasetInfo:
         """The data set called `name`; DataError that lists what there is if it is not here."""
@@ -303,25 +320,6 @@ def _shards_of(folder: Path, content: Mapping[str, Any]) -> tuple[ShardInfo, ...
     return shards
 
 
-def _datasets_of(folder: Path, content: Mapping[str, Any]) -> tuple[DatasetInfo, ...]:
-    try:
-        datasets = tuple(
-            DatasetInfo(
-                str(d["name"]),
-                str(d["split"]),
-                KINDS[KINDS.index(d["kind"])],
-                tuple(str(name) for name in d["classes"]),
-                int(d["samples"]),
-            )
-            for d in _field(folder, content, "datasets")
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{folder / MANIFEST_NAME}: a data set entry is malformed ({error!r})") from error
-    if len({dataset.name for dataset in datasets}) != len(datasets):
-        raise DataError(f"{folder / MANIFEST_NAME}: two data sets have the same name")
-    return datasets
-
-
 def _check_shard_files(folder: Path, shards: Sequence[ShardInfo]) -> None:
     missing, wrong = [], []
     for shard in shards:
@@ -343,7 +341,7 @@ def _check_shard_files(folder: Path, shards: Sequence[ShardInfo]) -> None:
             )
 
 
-def _open_samples(folder: Path, entry: Any) -> tuple[pyarrow.RecordBatch, str]:
+def _open_samples(folder: Path, entry: Any, version: int) -> tuple[pyarrow.RecordBatch, str]:
     """Memory-map samples.arrow after checking its size and columns; also the checksum that it should have."""
     path = folder / SAMPLES_NAME
     advice = "copy the folder again or shard anew"
@@ -359,9 +357,10 @@ def _open_samples(folder: Path, entry: Any) -> tuple[pyarrow.RecordBatch, str]:
         if actual != size:
             raise DataError(f"{path}: {actual} bytes instead of {size}: {advice}")
         reader = pyarrow.ipc.open_file(pyarrow.memory_map(str(path)))
-        if reader.schema != SCHEMA or reader.num_record_batches != 1:
+        schema = SCHEMA if version == 1 else SCHEMA.append(TARGETS)
+        if reader.schema != schema or reader.num_record_batches != 1:
             raise DataError(
-                f"{path}: not the table that version {VERSION} of the manifest describes; {advice}"
+                f"{path}: not the table that version {version} of the manifest describes; {advice}"
             )
         batch = reader.get_batch(0)
     except FileNotFoundError:

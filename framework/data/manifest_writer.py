@@ -6,20 +6,20 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import numpy
 import pyarrow
 
+from framework.data.datasets import KINDS, DatasetInfo, dataset_entry, targets_problem
 from framework.data.manifest import (
     FORMAT,
-    KINDS,
     MANIFEST_NAME,
     SAMPLES_NAME,
     SCHEMA,
-    VERSION,
-    DatasetInfo,
+    TARGETS,
     ShardInfo,
+    version_of,
 )
 from framework.errors import DataError
 from framework.files import hash_file, replace_file, replace_text
@@ -35,11 +35,14 @@ def write_manifest(
 ) -> None:
     """Write samples.arrow and then manifest.json beside shards that are there already.
 
-    `samples` maps each column of `SCHEMA` to a sequence or array; rows are ordered by (shard, offset). Equal
-    arguments give equal bytes. Raises DataError if the columns contradict the shards or the data sets.
+    `samples` maps each column of `SCHEMA` to a sequence or array; rows are ordered by (shard, offset). Where
+    a data set is multi-label or has heads, a column `targets` comes on top, whose lists are empty in rows
+    of other data sets. Equal arguments give equal bytes. Raises DataError if the columns contradict the
+    shards or the data sets.
     """
     folder = Path(folder)
-    batch = _record_batch(samples)
+    version = version_of(datasets)
+    batch = _record_batch(samples, SCHEMA if version == 1 else SCHEMA.append(TARGETS))
     _check(folder, batch, shards, datasets)
     # An old manifest must not vouch for the new table, should we be killed between the two files.
     (folder / MANIFEST_NAME).unlink(missing_ok=True)
@@ -47,7 +50,7 @@ def write_manifest(
     path = folder / SAMPLES_NAME
     content = {
         "format": FORMAT,
-        "version": VERSION,
+        "version": version,
         "samples": {
             "file": SAMPLES_NAME,
             "bytes": path.stat().st_size,
@@ -55,22 +58,22 @@ def write_manifest(
             "count": len(batch),
         },
         "shards": [asdict(shard) for shard in shards],
-        "datasets": [asdict(dataset) for dataset in datasets],
+        "datasets": [dataset_entry(dataset) for dataset in datasets],
     }
     text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
     replace_text(folder / MANIFEST_NAME, text)
 
 
-def _record_batch(samples: Mapping[str, Any]) -> pyarrow.RecordBatch:
-    if set(samples) != set(SCHEMA.names):
-        difference = sorted(set(samples) ^ set(SCHEMA.names))
-        raise DataError(f"the columns of a manifest are {', '.join(SCHEMA.names)}; wrong: {difference}")
-    arrays = [pyarrow.array(samples[field.name], type=field.type) for field in SCHEMA]
-    return pyarrow.RecordBatch.from_arrays(arrays, schema=SCHEMA)
+def _record_batch(samples: Mapping[str, Any], schema: pyarrow.Schema) -> pyarrow.RecordBatch:
+    if set(samples) != set(schema.names):
+        difference = sorted(set(samples) ^ set(schema.names))
+        raise DataError(f"the columns of this manifest are {', '.join(schema.names)}; wrong: {difference}")
+    arrays = [pyarrow.array(samples[field.name], type=field.type) for field in schema]
+    return pyarrow.RecordBatch.from_arrays(arrays, schema=schema)
 
 
 def _write_batch(file: BinaryIO, batch: pyarrow.RecordBatch) -> None:
-    with pyarrow.ipc.new_file(file, SCHEMA) as writer:
+    with pyarrow.ipc.new_file(file, batch.schema) as writer:
         writer.write_batch(batch)
 
 
@@ -96,7 +99,8 @@ def _check(
         problem = "the rows are not ordered by (shard, offset)"
     elif len(batch):
         sizes = numpy.array([entry.bytes for entry in shards], dtype=numpy.int64)
-        classes = numpy.array([len(entry.classes) for entry in datasets], dtype=numpy.int64)
+        single = [len(entry.classes) if entry.target == "single" else 0 for entry in datasets]
+        classes = numpy.array(single, dtype=numpy.int64)
         kinds = numpy.array([KINDS.index(entry.kind) for entry in datasets], dtype=numpy.int64)
         if (columns["offset"] + columns["length"] > sizes[shard]).any():
             problem = "a sample lies outside its shard"
@@ -104,6 +108,10 @@ def _check(
             problem = "a label is outside its data set's classes"
         elif (columns["kind"] != kinds[dataset]).any():
             problem = "a sample's kind is not that of its data set"
+    if problem is None and TARGETS.name in batch.schema.names:
+        targets = cast(pyarrow.LargeListArray, batch.column(TARGETS.name))
+        values = targets.offsets.to_numpy(), targets.values.to_numpy()
+        problem = targets_problem(datasets, dataset, *values)
     if problem:
         raise DataError(f"{folder}: cannot write the manifest: {problem}")
 

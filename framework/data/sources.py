@@ -11,10 +11,12 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from framework.data.manifest import MANIFEST_NAME, DatasetInfo, Manifest
+from framework.data.datasets import DatasetInfo, rows_of, targets_problem
+from framework.data.manifest import MANIFEST_NAME, Manifest
 from framework.data.plan import Plan, PlanSource
 from framework.errors import DataError
 from framework.recipe.schema import Recipe, Source
+from framework.targets import TargetSpec, in_words
 
 __all__ = ["OpenSource", "Split", "build_plan", "open_sources"]
 
@@ -102,12 +104,16 @@ def _where(opened: OpenSource) -> str:
 def _check_classes(opened: OpenSource) -> None:
     if len(opened) == 0:
         raise DataError(f"{_where(opened)} holds no samples; shard it anew, or leave it out of data.mixture")
-    found, asked = len(opened.dataset.classes), opened.source.classes
-    if found != asked:
+    told, asked = opened.dataset.targets, opened.source.targets
+    if told != asked:
         raise DataError(
-            f"{_where(opened)} has {found} classes, the recipe says {asked}: "
-            f"set data.sources.{opened.name}.classes={found}, or point the source to the right shards"
+            f"{_where(opened)} has {in_words(told)}, the recipe says {in_words(asked)}: "
+            f"set {_settings(f'data.sources.{opened.name}', told)}, or point the source to the right shards"
         )
+    if told.kind != "single":
+        _check_targets(opened)
+        return
+    found = len(opened.dataset.classes)
     labels = opened.manifest.column("label")[opened.selection]
     if int(labels.min()) < 0 or int(labels.max()) >= found:
         raise DataError(
@@ -116,17 +122,45 @@ def _check_classes(opened: OpenSource) -> None:
         )
 
 
+def _settings(key: str, targets: TargetSpec) -> str:
+    """The overrides by which a source says these targets."""
+    if targets.kind == "heads":
+        heads = ", ".join(f"{name}: {size}" for name, size in zip(targets.names, targets.sizes, strict=True))
+        return f"'{key}.heads={{{heads}}}' (and no {key}.classes)"
+    return f"{key}.classes={targets.outputs} {key}.target={targets.kind}".removesuffix(
+        f" {key}.target=single"
+    )
+
+
+def _check_targets(opened: OpenSource) -> None:
+    problem = None
+    lengths, values = rows_of(*opened.manifest.targets(), opened.selection)
+    kinds = opened.manifest.column("dataset").astype(np.int64)
+    problem = targets_problem(opened.manifest.datasets, kinds, *opened.manifest.targets())
+    if problem is None and opened.dataset.heads and len(values) and int(values.min()) < 0:
+        unknown = int(np.flatnonzero(values < 0)[0]) // len(opened.dataset.heads)
+        key = opened.manifest.sample(int(opened.selection[unknown])).key
+        problem = f"sample {key} has no class for one of its heads"
+    if problem is None and not lengths.any():
+        problem = "no sample has any class"
+    if problem:
+        raise DataError(f"{_where(opened)}: {problem}; shard the data anew")
+
+
 def _check_same_classes(opened: OpenSource, training: Path) -> None:
     """Label n must mean the same class in both folders; a folder that is not here cannot be compared."""
     if not (training / MANIFEST_NAME).exists():
         return
     trained = Manifest.open(training).find(opened.source.dataset, opened.name, opened.source.kind)
-    for label, (one, other) in enumerate(zip(trained.classes, opened.dataset.classes, strict=False)):
-        if one != other:
-            raise DataError(
-                f"{_where(opened)}: label {label} is {other!r}, but {one!r} in the training shards "
-                f"{training}: shard both splits with the same list of classes"
-            )
+    lists = zip(trained.class_lists, opened.dataset.class_lists, strict=False)
+    for head, (before, after) in enumerate(lists):
+        of_head = f" of {opened.dataset.heads[head].name}" if opened.dataset.heads else ""
+        for label, (one, other) in enumerate(zip(before, after, strict=False)):
+            if one != other:
+                raise DataError(
+                    f"{_where(opened)}: label {label}{of_head} is {other!r}, but {one!r} in the training "
+                    f"shards {training}: shard both splits with the same list of classes"
+                )
 
 
 def _check_media(opened: OpenSource) -> None:

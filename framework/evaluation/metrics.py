@@ -43,6 +43,10 @@ class SourceResult:
             "mean_class_accuracy": self.mean_class_accuracy,
         }
 
+    def words(self) -> str:
+        """The numbers that a person looks for first."""
+        return f"top-1 {self.top1:.1%}, top-5 {self.top5:.1%}"
+
 
 def hits(scores: Tensor, labels: Tensor, k: int) -> Tensor:
     """Whether the label is among the k best classes: (batch, classes), (batch,) -> bool (batch,).

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from framework.data.labels import chosen_classes, guessed_classes, label_text
 from framework.tracking.pictures import SAMPLES, Tile, contact_sheet, spread_frames
 
 if TYPE_CHECKING:
@@ -30,15 +31,17 @@ class Predictions:
         tiles = self._tiles.setdefault(name, [])
         if len(tiles) >= self._samples:  # asking an accelerator for predictions would wait for it
             return
-        classes = self._sources[name].dataset.classes
-        predicted = logits.mean(dim=1).argmax(dim=1).tolist()
+        opened = self._sources[name]
+        targets, averaged = opened.source.targets, logits.mean(dim=1).cpu()
         views = batch.pixels.shape[1]
         middle = views // 3 // 2 * 3 + 1 if views % 3 == 0 else views // 2  # the centre of three crops
         for row in batch.valid.nonzero().flatten().tolist():
             if len(tiles) >= self._samples:
                 return
             frames = spread_frames(batch.pixels[row, middle].numpy())
-            tiles.append(Tile(frames, classes[int(batch.labels[row])], classes[predicted[row]]))
+            true = chosen_classes(targets, batch.labels[row])
+            guess = guessed_classes(targets, averaged[row], len(true))
+            tiles.append(Tile(frames, label_text(opened.dataset, true), label_text(opened.dataset, guess)))
 
     def draw(self, folder: Path, caption: str, suffix: str = "") -> list[Path]:
         """Write `predictions-<source><suffix>.png` for every source that had samples; returns the paths.

@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from framework.errors import TubeworksError
-from framework.evaluation.metrics import SourceResult
+from framework.evaluation.run import AnyResult, HeadsResult, MultiLabelResult, SourceResult
 from framework.files import replace_text
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 __all__ = ["EvaluationReport", "show_table", "write_report"]
 
@@ -32,7 +35,7 @@ class EvaluationReport:
     shuffle_frames: bool
     ranks: int
     precision: str
-    sources: Mapping[str, SourceResult]
+    sources: Mapping[str, AnyResult]
     time: float = field(default_factory=time.time)
     """Seconds since 1970."""
 
@@ -79,21 +82,62 @@ def write_report(run: Path, report: EvaluationReport) -> Path:
 def show_table(report: EvaluationReport) -> None:
     """Print the results to the terminal."""
     from rich.console import Console
-    from rich.table import Table
 
     kind = "averaged" if report.weights == "ema" else "raw"
     views = f"{report.views[0]}x{report.views[1]} views"
     title = f"{report.recipe}, step {report.step}, {kind} weights, {views}"
     title += ", frames shuffled" if report.shuffle_frames else ""
-    table = Table("source", title=title, title_justify="left")
-    for column in ("samples", "top-1", "top-5", "top-1 softmax", "mean class", "loss"):
+    parts = [
+        _table(("top-1", "top-5", "top-1 softmax", "mean class", "loss"), _one_class_rows(report.sources)),
+        _table(("mAP", "sigmoid", "best view", "hit@1", "no positives", "loss"), _many_rows(report.sources)),
+    ]
+    console = Console()
+    for table in parts:
+        if table.row_count:
+            table.title, table.title_justify = title, "left"
+            console.print(table)
+
+
+Row = tuple[str, int, tuple[str, ...]]
+
+
+def _table(columns: Sequence[str], rows: Iterable[Row]) -> Table:
+    from rich.table import Table
+
+    table = Table("source")
+    for column in ("samples", *columns):
         table.add_column(column, justify="right")
-    for source, result in report.sources.items():
-        shares = (result.top1, result.top5, result.top1_softmax, result.mean_class_accuracy)
-        table.add_row(
-            source, str(result.samples), *(f"{share:.1%}" for share in shares), f"{result.loss:.4f}"
-        )
-    Console().print(table)
+    for name, samples, cells in rows:
+        table.add_row(name, str(samples), *cells)
+    return table
+
+
+def _one_class_rows(sources: Mapping[str, AnyResult]) -> Iterator[Row]:
+    """Rows of the sources with one class for a sample, and of all heads, alone and together."""
+    for name, result in sources.items():
+        if isinstance(result, HeadsResult):
+            shares = (f"{share:.1%}" for share in (result.top1, result.top5, result.top1_softmax))
+            yield f"{name}, all heads", result.samples, (*shares, "", f"{result.loss:.4f}")
+        singles = result.heads.items() if isinstance(result, HeadsResult) else [("", result)]
+        for head, single in singles:
+            if isinstance(single, SourceResult):
+                numbers = (single.top1, single.top5, single.top1_softmax, single.mean_class_accuracy)
+                cells = (*(f"{share:.1%}" for share in numbers), f"{single.loss:.4f}")
+                yield f"{name}, {head}" if head else name, single.samples, cells
+
+
+def _many_rows(sources: Mapping[str, AnyResult]) -> Iterator[Row]:
+    """Rows of the multi-label sources."""
+    for name, result in sources.items():
+        if isinstance(result, MultiLabelResult):
+            shares = (
+                result.mean_average_precision,
+                result.mean_average_precision_sigmoid,
+                result.mean_average_precision_max,
+                result.hit1,
+            )
+            without = str(result.classes_without_positives)
+            yield name, result.samples, (*(f"{s:.1%}" for s in shares), without, f"{result.loss:.4f}")
 
 
 def _finite(value: Any) -> Any:

@@ -10,10 +10,25 @@ from torch import Tensor
 from framework.data.loader import EvalBatch, evaluation_batches
 from framework.data.sources import OpenSource
 from framework.evaluation.metrics import SourceResult, Tally
+from framework.evaluation.multi_label import MultiLabelResult, MultiLabelTally
+from framework.evaluation.several_heads import HeadsResult, HeadsTally
 from framework.recipe.schema import Evaluation
+from framework.targets import TargetSpec
 from framework.world import World
 
-__all__ = ["Forward", "Observer", "SourceResult", "evaluate"]
+__all__ = [
+    "AnyResult",
+    "Forward",
+    "HeadsResult",
+    "MultiLabelResult",
+    "Observer",
+    "SourceResult",
+    "evaluate",
+    "new_tally",
+]
+
+AnyResult = SourceResult | MultiLabelResult | HeadsResult
+"""The result of a source; which one, its labels decide. All have samples, loss, metrics() and words()."""
 
 Forward = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 """Pixels per source (batch, 3, frames, height, width), uint8, to logits per source (batch, classes)."""
@@ -33,7 +48,7 @@ def evaluate(
     shuffle_frames: bool = False,
     workers: int = 0,
     observe: Observer | None = None,
-) -> dict[str, SourceResult]:
+) -> dict[str, AnyResult]:
     """Every sample of every source once over all ranks; the same results on every rank.
 
     Every rank calls `forward` equally often with batches of equal size, so that a sharded model stays in
@@ -45,7 +60,7 @@ def evaluate(
     """
     results = {}
     for name, source in sources.items():
-        tally = Tally(source.source.classes, device)
+        tally = new_tally(source.source.targets, device)
         for batch in evaluation_batches(
             source,
             world,
@@ -62,6 +77,13 @@ def evaluate(
                 observe(name, batch, logits)
         results[name] = tally.result(name, len(source.selection), world)
     return results
+
+
+def new_tally(targets: TargetSpec, device: torch.device) -> Tally | MultiLabelTally | HeadsTally:
+    """What counts samples with such labels."""
+    if targets.kind == "multi":
+        return MultiLabelTally(targets.outputs, device)
+    return HeadsTally(targets, device) if targets.kind == "heads" else Tally(targets.outputs, device)
 
 
 def _logits_of_views(forward: Forward, name: str, pixels: Tensor, device: torch.device) -> Tensor:

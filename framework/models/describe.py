@@ -200,7 +200,7 @@ def _describe_source(model: TubeViT, spec: InputSpec) -> dict[str, Any]:
     clip = (spec.frames, spec.size, spec.size)
     grids, cost = model.tokenizer.grids(clip), forward_cost(model, spec)
     return {
-        **asdict(spec),
+        **{key: value for key, value in asdict(spec).items() if key != "heads" or value},
         "tokens": sequence_length(model, spec),
         "coverage": coverage(model.tokenizer.shapes, clip),
         "grids": [{"tube": grid.tube, "shape": list(grid.shape), "tokens": grid.tokens} for grid in grids],

@@ -160,10 +160,10 @@ def _check_rates(model: Model) -> None:
 
 def _check_source_names(inputs: Mapping[str, InputSpec]) -> None:
     """Names of sources become names of parameters, and torch has rules for those."""
-    for name in inputs:
+    for name in [*inputs, *(head for spec in inputs.values() for head, _ in spec.heads)]:
         if not name or "." in name or hasattr(nn.ModuleDict, name) or name == "training":
             raise RecipeError(
-                f"data.sources: `{name}` cannot name a source, because its classifier could not be stored "
-                "under that name; take one without dots that is no word of torch, such as "
+                f"data.sources: `{name}` cannot name a source or a head, because its classifier could not be "
+                "stored under that name; take one without dots that is no word of torch, such as "
                 f"`{name.replace('.', '_')}_data`"
             )

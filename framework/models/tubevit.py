@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from framework.errors import ModelError
+from framework.models.heads import build_head
 from framework.models.inputs import InputSpec
-from framework.models.layers import Block, Groups, Head, LayerNorm
+from framework.models.layers import Block, Groups, LayerNorm
 from framework.models.noise import depth_scales, dropout, dropout_seeds
 from framework.models.pooling import ClassToken, build_pool
 from framework.models.tokenizer import TubeTokenizer
@@ -103,7 +104,7 @@ class TubeViT(nn.Module):
         )
         self.norm = LayerNorm(size.width)
         self.pool = build_pool(pool, size.width, size.heads, size.mlp_width)
-        self.heads = nn.ModuleDict({name: Head(size.width, spec.classes) for name, spec in inputs.items()})
+        self.heads = nn.ModuleDict({name: build_head(size.width, spec) for name, spec in inputs.items()})
 
     def forward(
         self, pixels: Mapping[str, Tensor], seeds: Mapping[str, Tensor] | None = None

@@ -24,6 +24,7 @@ from framework.recipe.sections import (
     Positive,
     Section,
 )
+from framework.recipe.target_sections import Labelled
 
 __all__ = [
     "Augment",
@@ -95,7 +96,7 @@ class Augment(Section):
         return self
 
 
-class Source(Section):
+class Source(Labelled):
     """One stream of samples: which data set of which shards, and how its samples become tensors."""
 
     path: Folder
@@ -105,7 +106,6 @@ class Source(Section):
     dataset: str | None = None
     """Data set inside mixed shards; by default the one named like the source, or the only one."""
     kind: Literal["video", "image"]
-    classes: Annotated[int, Field(gt=0, le=100_000_000)]
     size: Annotated[int, Field(gt=0, le=100_000)] = 224
     """Height and width of the crop in pixels."""
     clip: Clip | None = None

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from framework.data.labels import chosen_classes, label_text
 from framework.files import replace_file
 
 if TYPE_CHECKING:
@@ -86,11 +87,14 @@ def batch_sheet(run: Path, step: int, batch: Batch, sources: Mapping[str, OpenSo
     """
     written = []
     for name, group in batch.groups.items():
-        names = sources[name].dataset.classes
+        opened = sources[name]
         pixels = group.pixels[:SAMPLES].cpu().numpy()  # (batch, 3, frames, height, width)
-        labels = group.labels[:SAMPLES].tolist()
         tiles = [
-            Tile(spread_frames(sample), names[label]) for sample, label in zip(pixels, labels, strict=True)
+            Tile(
+                spread_frames(sample),
+                label_text(opened.dataset, chosen_classes(opened.source.targets, label)),
+            )
+            for sample, label in zip(pixels, group.labels[:SAMPLES], strict=True)
         ]
         path = run / "pictures" / f"training-{name}.png"
         try:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from framework.errors import TrainingStopped
-from framework.recipe.schema import Recipe
+from framework.recipe.schema import Recipe, Source
 from framework.training.distributed import Peers
 
 __all__ = ["CollapseGuard", "DeadGuard"]
@@ -30,20 +31,25 @@ class CollapseGuard:
     L and H trained with B's learning rate and weight decay: "accuracy dropped to 0 and the loss stayed flat".
     A source counts as collapsed when, over the last logging points after the warm-up, every loss lay within
     1 % of ln(classes), and no more samples were right than guessing gives, up to three standard deviations.
+    With heads, ln(classes) is summed and chance is multiplied over them. A multi-label model that does not
+    look at its input comes to the entropy of the classes' shares, and its best guess is the most frequent
+    class; `shares` of the samples that have each class say where that is.
     """
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: Recipe, shares: Mapping[str, Sequence[float]] | None = None) -> None:
         self._points = recipe.guards.collapse
         self._warmup = recipe.schedule.warmup
         self._every = recipe.train.log_every
         self._samples = recipe.data.mixture
-        self._classes = {
-            name: recipe.data.sources[name].classes
+        self._blind = {
+            name: _blind(recipe.data.sources[name], (shares or {}).get(name))
             for name in recipe.data.mixture
             if recipe.data.sources[name].classes > 1 and recipe.data.sources[name].loss_weight > 0
         }
         self._seen: dict[str, deque[tuple[float, float]]] = {
-            name: deque(maxlen=self._points) for name in self._classes if self._points
+            name: deque(maxlen=self._points)
+            for name, blind in self._blind.items()
+            if self._points and blind.loss > 0
         }
 
     def look(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -55,15 +61,16 @@ class CollapseGuard:
         if step <= self._warmup:
             return
         for name, seen in self._seen.items():
-            seen.append((metrics[f"train/{name}/loss"], metrics[f"train/{name}/top_1"]))
+            blind = self._blind[name]
+            seen.append((metrics[f"train/{name}/loss"], metrics[f"train/{name}/{blind.metric}"]))
             if len(seen) == self._points and self._collapsed(name, seen):
                 raise TrainingStopped(self._message(name, step, seen[-1][0], metrics["train/lr"]))
 
     def _message(self, name: str, step: int, loss: float, lr: float) -> str:
-        classes = self._classes[name]
+        blind = self._blind[name]
         return (
             f"source {name}: for {self._points} logging points up to step {step} the loss has stayed at "
-            f"{loss:.4f}, where ln({classes} classes) is {math.log(classes):.4f}, and accuracy at chance: "
+            f"{loss:.4f}, where {blind.words} is {blind.loss:.4f}, and accuracy at chance: "
             f"the model has collapsed, or learns nothing, at learning rate {lr:.3g}. Lower optimizer.lr and "
             "optimizer.weight_decay (TubeViT, arXiv 2212.03229, appendix A: large models collapse with those "
             "of small ones), or raise schedule.warmup, and start a new --run. If that is right, raise "
@@ -71,11 +78,34 @@ class CollapseGuard:
         )
 
     def _collapsed(self, name: str, seen: deque[tuple[float, float]]) -> bool:
-        floor, chance = math.log(self._classes[name]), 1 / self._classes[name]
+        floor, chance = self._blind[name].loss, self._blind[name].right
         count = self._samples[name] * self._every * len(seen)
         right = sum(top_1 for _, top_1 in seen) / len(seen)
         guessing = chance + SIGMAS * math.sqrt(chance * (1 - chance) / count)
         return right <= guessing and all(abs(loss - floor) <= FLAT * floor for loss, _ in seen)
+
+
+@dataclass(frozen=True)
+class _Blind:
+    """Loss and accuracy of a model that does not look at its input, in words too."""
+
+    loss: float
+    right: float
+    words: str
+    metric: str = "top_1"
+
+
+def _blind(source: Source, shares: Sequence[float] | None) -> _Blind:
+    if source.target != "multi":
+        sizes = source.targets.sizes
+        loss, words = sum(map(math.log, sizes)), " + ".join(f"ln({size} classes)" for size in sizes)
+        return _Blind(loss, 1 / math.prod(sizes), words)
+    if not shares:
+        return _Blind(0.0, 1.0, "", "hit_1")  # not to be told from a model that has learned
+    smoothing = source.label_smoothing
+    wanted = [(1 - smoothing) * share + smoothing / len(shares) for share in shares]
+    entropies = [-sum(p * math.log(p) for p in (share, 1 - share) if p > 0) for share in wanted]
+    return _Blind(sum(entropies) / len(shares), max(shares), "the entropy of the classes' shares", "hit_1")
 
 
 class DeadGuard:

@@ -7,7 +7,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from framework.evaluation.run import SourceResult, evaluate
+from framework.evaluation.run import AnyResult, evaluate
 from framework.training.session import Session
 
 __all__ = ["evaluate_held_out"]
@@ -17,7 +17,7 @@ class _Stopped(Exception):
     """A signal asked to stop; every rank raises this before the same batch."""
 
 
-def evaluate_held_out(session: Session) -> dict[str, SourceResult]:
+def evaluate_held_out(session: Session) -> dict[str, AnyResult]:
     """Every held-out sample of every source that names a `validation` folder, once.
 
     Empty without such a source, and when a signal broke the evaluation off: a scheduler that wants the nodes

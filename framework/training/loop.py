@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from framework.data.labels import class_shares
 from framework.data.loader import Batch, training_batches
 from framework.data.plan import Plan
 from framework.data.sources import OpenSource, build_plan, open_sources
@@ -152,9 +153,11 @@ def run_steps(session: Session, recorder: Recorder) -> int:
     recipe, peers = session.recipe, session.peers
     steps, accumulation = recipe.train.steps, recipe.train.accumulation
     weights = {name: recipe.data.sources[name].loss_weight for name in recipe.data.mixture}
-    meters = Meters(recipe.data.mixture, session.device)
+    targets = {name: recipe.data.sources[name].targets for name in recipe.data.mixture}
+    meters = Meters(targets, session.device)
     feed = Feed(session)
-    collapse, dead = CollapseGuard(recipe), DeadGuard(session.engine.module, recipe)
+    collapse = CollapseGuard(recipe, shares_of_classes(session))
+    dead = DeadGuard(session.engine.module, recipe)
     for step in range(session.start, steps):
         began = time.perf_counter()
         micro_batches = feed.next_step(accumulation)
@@ -190,6 +193,12 @@ def run_steps(session: Session, recorder: Recorder) -> int:
         if stop:
             return stop
     return 0
+
+
+def shares_of_classes(session: Session) -> dict[str, list[float]]:
+    """For each multi-label source, the share of its samples to which each class applies."""
+    sources = session.sources.items()
+    return {n: class_shares(s).tolist() for n, s in sources if s.source.target == "multi"}
 
 
 def take_step(

@@ -1,4 +1,4 @@
-"""The loss of one source: cross-entropy with label smoothing and mixup.
+"""The loss of one source: cross-entropies with label smoothing and mixup, of one class or of many.
 
 All randomness is counter-based, so a batch is mixed in the same way on any number of ranks.
 """
@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from framework.errors import RecipeError
+from framework.targets import TargetSpec
 
-__all__ = ["Mixing", "cross_entropy", "draw_mixing", "mix_pixels"]
+__all__ = ["Mixing", "binary_cross_entropy", "cross_entropy", "draw_mixing", "mix_pixels", "source_loss"]
 
 
 class Mixing:
@@ -74,3 +75,49 @@ def cross_entropy(
         )
         losses = mixing.share * losses + (1 - mixing.share) * partners
     return losses.mean()
+
+
+def binary_cross_entropy(
+    logits: Tensor, labels: Tensor, smoothing: float = 0.0, mixing: Mixing | None = None
+) -> Tensor:
+    """Mean binary cross-entropy over the classes and samples of a micro-batch, for multi-label sources.
+
+    Smoothing is the formula of `cross_entropy`, (1 - smoothing) label + smoothing / classes: every class is
+    given the same small share, so that a sample with one class has the same targets in both losses.
+
+    Args:
+        logits: (batch, classes), float32.
+        labels: (batch, classes) float32, zeros and ones.
+        smoothing: see above.
+        mixing: how the samples were mixed; their labels are mixed in the same way.
+    """
+    wanted = labels
+    if mixing is not None:
+        share = mixing.share.unsqueeze(1)
+        wanted = share * labels + (1 - share) * labels[mixing.partner]
+    wanted = (1 - smoothing) * wanted + smoothing / labels.shape[1]
+    return F.binary_cross_entropy_with_logits(logits, wanted)
+
+
+def source_loss(
+    targets: TargetSpec,
+    logits: Tensor,
+    labels: Tensor,
+    smoothing: float = 0.0,
+    mixing: Mixing | None = None,
+) -> Tensor:
+    """The loss of a source on a micro-batch: cross-entropy, its sum over heads, or the binary one.
+
+    Args:
+        targets: what kind of labels these are.
+        logits: (batch, classes of all heads), float32.
+        labels: as of `framework.data.loader.Group`.
+        smoothing: of the labels.
+        mixing: how the samples were mixed.
+    """
+    if targets.kind == "multi":
+        return binary_cross_entropy(logits, labels, smoothing, mixing)
+    if targets.kind == "single":
+        return cross_entropy(logits, labels, smoothing, mixing)
+    parts = zip(logits.split(targets.sizes, dim=1), labels.unbind(1), strict=True)
+    return torch.stack([cross_entropy(part, label, smoothing, mixing) for part, label in parts]).sum()

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
+from framework.targets import TargetSpec
+from framework.training.accuracy import accuracy_names, right_answers
 from framework.training.distributed import Peers
 
 __all__ = ["Meters"]
@@ -16,15 +18,17 @@ __all__ = ["Meters"]
 class Meters:
     """Losses and hits per source, time spent waiting for data, and the stages of the data workers."""
 
-    def __init__(self, sources: Iterable[str], device: torch.device) -> None:
-        self._sources = tuple(sources)
+    def __init__(self, sources: Mapping[str, TargetSpec], device: torch.device) -> None:
+        self._targets = dict(sources)
+        self._names = {name: accuracy_names(targets) for name, targets in sources.items()}
         self._device = device
         self.reset()
 
     def reset(self) -> None:
         """Start the next interval."""
         self._sums = {
-            name: torch.zeros(3, dtype=torch.float64, device=self._device) for name in self._sources
+            name: torch.zeros(2 + len(names), dtype=torch.float64, device=self._device)
+            for name, names in self._names.items()
         }
         self._steps = 0
         self._waited = 0.0
@@ -32,12 +36,10 @@ class Meters:
         self._begin = time.perf_counter()
 
     def add(self, source: str, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """Count a micro-batch of a source: mean loss, (batch, classes) logits, (batch,) labels."""
-        hits = (logits.argmax(dim=1) == labels).sum()
-        count = labels.shape[0]
-        self._sums[source] += torch.stack(
-            [loss.detach().double() * count, hits.double(), torch.full_like(hits, count).double()]
-        )
+        """Count a micro-batch of a source: mean loss, (batch, classes) logits, labels as of `Group`."""
+        hits = right_answers(self._targets[source], logits, labels).sum(dim=1).double()
+        count = torch.full_like(hits[:1], labels.shape[0])
+        self._sums[source] += torch.cat([loss.detach().double() * count, count, hits])
 
     def step_done(self, waited: float, stages: Iterable[Mapping[str, float]]) -> None:
         """Count a step: seconds waited for its data, and what its workers spent on each stage."""
@@ -53,13 +55,15 @@ class Meters:
 
     def collect(self, peers: Peers, weights: Mapping[str, float]) -> dict[str, float]:
         """The metrics of the interval over all ranks; times are this rank's own."""
-        totals = peers.sum(torch.stack([self._sums[name].cpu() for name in self._sources]))  # (sources, 3)
+        totals = peers.sum(torch.cat([sums.cpu() for sums in self._sums.values()]))
         seconds = max(time.perf_counter() - self._begin, 1e-9)
         metrics: dict[str, float] = {"train/loss": 0.0}
-        for name, (loss, hits, count) in zip(self._sources, totals.tolist(), strict=True):
+        shares = totals.split([len(sums) for sums in self._sums.values()])
+        for (name, names), share in zip(self._names.items(), shares, strict=True):
+            loss, count, *hits = share.tolist()
             metrics["train/loss"] += weights[name] * loss / count
             metrics[f"train/{name}/loss"] = loss / count
-            metrics[f"train/{name}/top_1"] = hits / count
+            metrics |= {f"train/{name}/{key}": right / count for key, right in zip(names, hits, strict=True)}
             metrics[f"perf/{name}_per_s"] = count / seconds
         metrics["perf/step_s"] = seconds / max(1, self._steps)
         metrics["data/wait_share"] = min(1.0, self._waited / seconds)

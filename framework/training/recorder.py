@@ -11,7 +11,7 @@ from pathlib import Path
 from framework.data.loader import Batch
 from framework.errors import TubeworksError
 from framework.evaluation.anatomy import draw_anatomy
-from framework.evaluation.run import SourceResult
+from framework.evaluation.run import AnyResult
 from framework.recipe import recipe_hash
 from framework.tracking import Journal, MlflowMirror, RunInfo
 from framework.tracking.mirror import Status
@@ -71,7 +71,7 @@ class Recorder:
         facts = {"folder": folder.name, "seconds": round(seconds, 3)}
         self._session.peers.on_main(lambda: append_event(self._session.run, "checkpoint", step, **facts))
 
-    def evaluated(self, step: int, results: Mapping[str, SourceResult]) -> None:
+    def evaluated(self, step: int, results: Mapping[str, AnyResult]) -> None:
         """The held-out samples were evaluated."""
         if not results:
             return
@@ -82,10 +82,7 @@ class Recorder:
         }
         self._write(step, metrics)
         for name, result in results.items():
-            self._line.say(
-                f"held out after step {step}: {name} top-1 {result.top1:.1%}, top-5 {result.top5:.1%} "
-                f"of {result.samples} samples"
-            )
+            self._line.say(f"held out after step {step}: {name} {result.words()} of {result.samples} samples")
 
     def finished(self, step: int) -> None:
         """The last step is done and saved: picture what was learned."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from framework.data.loader import Batch
 from framework.recipe.schema import Source
-from framework.training.losses import cross_entropy, draw_mixing, mix_pixels
+from framework.training.losses import draw_mixing, mix_pixels, source_loss
 from framework.training.meters import Meters
 
 __all__ = ["micro_step"]
@@ -36,7 +36,8 @@ def micro_step(
     total = torch.zeros((), device=device)
     for name, group in batch.groups.items():
         labels = group.labels.to(device, non_blocking=True)
-        loss = cross_entropy(logits[name], labels, sources[name].label_smoothing, mixings[name])
+        source = sources[name]
+        loss = source_loss(source.targets, logits[name], labels, source.label_smoothing, mixings[name])
         meters.add(name, loss, logits[name].detach(), labels)
         total = total + sources[name].loss_weight * loss
     return total

@@ -53,7 +53,7 @@ def test_a_flipped_byte_among_the_labels(shards: Path, tmp_path: Path, make_reci
 
 def test_classes_that_differ(shards: Path, make_recipe: Callable) -> None:
     with pytest.raises(
-        DataError, match=r"has 3 classes, the recipe says 8: set data\.sources\.moves\.classes=3"
+        DataError, match=r"has 3 classes, the recipe says 8 classes: set data\.sources\.moves\.classes=3"
     ):
         open_sources(make_recipe(shards, video={"classes": 8}))
 

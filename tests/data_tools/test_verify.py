@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from framework.data.manifest import MANIFEST_NAME, SAMPLES_NAME, Manifest
+from framework.data.manifest import MANIFEST_NAME, SAMPLES_NAME, VERSION, Manifest
 from framework.files import hash_file
 
 
@@ -90,7 +90,7 @@ def test_missing_and_short_shards(tubeworks: Callable[..., Any], shards: Path) -
 
 def test_a_later_manifest_asks_for_an_upgrade(tubeworks: Callable[..., Any], shards: Path) -> None:
     path = shards / MANIFEST_NAME
-    path.write_text(json.dumps({**json.loads(path.read_text()), "version": 2}))
+    path.write_text(json.dumps({**json.loads(path.read_text()), "version": VERSION + 1}))
     for command in ("verify", "inspect"):
         done = tubeworks(command, shards)
         assert done.code == 3

@@ -44,7 +44,7 @@ def train_steps(
     schemas = {name: opened.source for name, opened in sources.items()}
     losses = []
     for batch in training_batches(recipe, sources, plan, peers.world, start_step=start, stop_step=stop):
-        meters = Meters(recipe.data.mixture, DEVICE)
+        meters = Meters({name: source.targets for name, source in schemas.items()}, DEVICE)
         engine.backward(micro_step(engine, batch, schemas, DEVICE, meters))
         engine.step()
         state.update_average()
