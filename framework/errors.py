@@ -10,6 +10,7 @@ __all__ = [
     "CheckpointError",
     "CorruptSample",
     "DataError",
+    "Hang",
     "ModelError",
     "PeerLost",
     "RecipeError",
@@ -76,6 +77,12 @@ class PeerLost(TubeworksError):
     """Another rank is gone in the middle of what all do together; its own output says why."""
 
     exit_code = 6
+
+
+class Hang(TubeworksError):
+    """No step ends any more; the post-mortem names the rank that the others wait for."""
+
+    exit_code = 7
 
 
 class SchedulerError(TubeworksError):

@@ -7,6 +7,7 @@ ranks are started here as processes, watched together, and ended together.
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import signal
 import socket
@@ -17,8 +18,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from framework.errors import PeerLost, TubeworksError
+from framework.errors import Hang, PeerLost, TubeworksError
 from framework.training.storage import explain_os_error
+from framework.watch.postmortem import newest_postmortem
 from framework.world import World
 
 __all__ = ["free_port", "rank_at_fault", "rank_environment", "run_ranks", "train_command"]
@@ -28,6 +30,9 @@ GRACE_SECONDS = 10.0
 
 TOGETHER_SECONDS = 90.0
 """How long they may take after one has left by a decision of all: a signal, bad data, a full disk."""
+
+POSTMORTEM_SECONDS = 9.0
+"""How long the post-mortem of ranks that ended without a word is waited for."""
 
 _SET_DEATH_SIGNAL = 1  # prctl's PR_SET_PDEATHSIG
 
@@ -108,6 +113,7 @@ def run_ranks(arguments: Sequence[str], ranks: int, logs: Path) -> int:
         logs.mkdir(parents=True, exist_ok=True)
     command = rank_command(arguments)
     port = free_port()
+    began = time.time()
     processes: list[subprocess.Popen[bytes]] = []
     handlers = _forward_signals(processes)
     try:
@@ -127,6 +133,9 @@ def run_ranks(arguments: Sequence[str], ranks: int, logs: Path) -> int:
         return 0
     code = codes[failed] or 0
     _explain(failed, code, codes, logs / f"rank-{failed}.log")
+    _accuse(logs.parent, codes, began)
+    if Hang.exit_code in codes:
+        return Hang.exit_code
     return code if code >= 0 else 128 - code
 
 
@@ -202,6 +211,23 @@ def _forward_signals(processes: Sequence[subprocess.Popen[bytes]]) -> dict[int, 
     from_terminal = sys.stdin is not None and sys.stdin.isatty()
     handlers[signal.SIGINT] = signal.signal(signal.SIGINT, (lambda *_: None) if from_terminal else forward)
     return handlers
+
+
+def _accuse(run: Path, codes: Sequence[int | None], began: float) -> None:
+    """Say whom the post-mortem accuses; those of ranks that died are written by sentinels, shortly after."""
+    without_word = any(code is None or code < 0 or code == Hang.exit_code for code in codes)
+    deadline = time.monotonic() + (POSTMORTEM_SECONDS if without_word and (run / "heartbeat").exists() else 0)
+    while (path := newest_postmortem(run, began)) is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    if path is None:
+        return
+    try:
+        accused = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))["accused"]
+    except (OSError, ValueError, KeyError):
+        accused = {}
+    for rank, reason in accused.items():
+        sys.stderr.write(f"rank {rank}: {reason}\n")
+    sys.stderr.write(f"what every rank was at: {path}\n")
 
 
 def _explain(rank: int, code: int, codes: Sequence[int | None], log: Path) -> None:

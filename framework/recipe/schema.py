@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from framework.recipe.guard_sections import Guards
 from framework.recipe.model_sections import Model, Pool, Position, ScaleUp, Tube, TubeSet
 from framework.recipe.sections import (
     BrokenRule,
@@ -224,15 +225,6 @@ class Checkpoint(Section):
     """The newest so many stay."""
     keep_every: NonNegative = 0
     """Checkpoints at multiples of this step stay for ever; 0: none."""
-
-
-class Guards(Section):
-    """When a training that goes wrong ends by itself; 0 turns a guard off."""
-
-    collapse: NonNegative = 20
-    """Logging points after the warm-up, in a row, with a loss flat at ln(classes) and accuracy at chance."""
-    dead: NonNegative = 50
-    """Steps, in a row, in which a trainable tensor gets no gradient or zeros alone."""
 
 
 class Evaluation(Section):

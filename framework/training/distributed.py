@@ -31,9 +31,10 @@ def choose_device(world: World) -> torch.device:
     return torch.device("cpu")
 
 
-def start_process_group(world: World, device: torch.device) -> Peers:
+def start_process_group(world: World, device: torch.device, seconds: float = 1800.0) -> Peers:
     """Start torch.distributed through DeepSpeed: nccl on GPUs, gloo on CPUs.
 
+    A collective fails when it waits for `seconds`, or half an hour if that is longer.
     MASTER_ADDR and MASTER_PORT must be in the environment when there may be several nodes.
 
     Errors:
@@ -63,7 +64,7 @@ def start_process_group(world: World, device: torch.device) -> Peers:
         auto_mpi_discovery=False,
         dist_init_required=None,
         verbose=False,
-        timeout=timedelta(minutes=30),
+        timeout=timedelta(seconds=max(1800.0, seconds)),
     )
     group = dist.new_group(backend="gloo") if backend != "gloo" else dist.group.WORLD
     return Peers(world, group)
@@ -85,6 +86,11 @@ class Peers:
     def __init__(self, world: World, group: Any) -> None:
         self.world = world
         self._group = group
+
+    def collectives(self) -> int:
+        """How many collectives this rank has entered so far, in all groups."""
+        groups: list[Any] = list(dist.distributed_c10d._world.pg_map)
+        return sum(group._get_sequence_number_for_group() for group in groups)
 
     def highest(self, values: Sequence[int]) -> list[int]:
         """The largest of each value over all ranks."""

@@ -29,6 +29,7 @@ def evaluate_held_out(session: Session) -> dict[str, AnyResult]:
 
     @torch.no_grad()
     def forward(pixels: dict[str, Tensor]) -> dict[str, Tensor]:
+        session.heart.beat("evaluate")
         if session.peers.highest([session.signals.received])[0]:
             raise _Stopped
         return model(pixels)

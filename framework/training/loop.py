@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import signal
 import time
 from contextlib import closing
 from pathlib import Path
@@ -30,13 +31,16 @@ from framework.training.initial import initialise
 from framework.training.memory import collected_by_hand, returned_memory
 from framework.training.meters import Meters
 from framework.training.optim import learning_rate
-from framework.training.recorder import Recorder
+from framework.training.recorder import ENDINGS, Recorder
 from framework.training.run_folder import append_event, check_continuation, held_alone, open_run
 from framework.training.session import Session
 from framework.training.signals import SignalFlag
 from framework.training.state import TrainState
 from framework.training.step import micro_step
 from framework.training.transfer import on_device
+from framework.watch.attempts import close_attempt
+from framework.watch.heart import Heart
+from framework.watch.sentinel import SLOW
 from framework.world import World
 
 __all__ = ["train"]
@@ -49,7 +53,7 @@ LOWER_THE_RATE = (
 )
 
 
-def train(recipe: Recipe, run: Path, world: World, signals: SignalFlag) -> int:
+def train(recipe: Recipe, run: Path, world: World, signals: SignalFlag, heart: Heart) -> int:
     """Train a recipe in a run folder, going on from its newest valid checkpoint if it has one.
 
     Returns the number of the signal that ended training early, after a checkpoint; 0 at the regular end.
@@ -58,25 +62,37 @@ def train(recipe: Recipe, run: Path, world: World, signals: SignalFlag) -> int:
         TubeworksError: with a message for the user, on every rank.
     """
     device = choose_device(world)
-    peers = start_process_group(world, device)
+    peers = start_process_group(world, device, 2 * SLOW * recipe.guards.hang_seconds)
     with held_alone(run, peers):
-        session = prepare(recipe, run, device, peers, signals)
-        recorder = Recorder(session, peers.on_main(lambda: record_attempt(session)))
+        session = prepare(recipe, run, device, peers, signals, heart)
+        attempt = peers.on_main(lambda: record_attempt(session))
+        heart.begin(attempt, session.start, peers.collectives)
+        recorder = Recorder(session, attempt)
         status: Status = "FAILED"
+        stopped_by = 0
         try:
             with closing(session.batches), collected_by_hand():
                 stopped_by = run_steps(session, recorder)
+            heart.beat("finish")
             if not stopped_by:
                 recorder.finished(recipe.train.steps)
                 recorder.evaluated(recipe.train.steps, evaluate_held_out(session))
                 stopped_by = agreed_signal(session)
             status = "KILLED" if stopped_by else "FINISHED"
+        except BaseException as error:
+            heart.failed(error)
+            raise
         finally:
             recorder.close(status)
+            if world.is_main:
+                cause = ENDINGS[status] + (f" by {signal.Signals(stopped_by).name}" if stopped_by else "")
+                close_attempt(run, attempt, cause=cause, end_step=session.done)
     return stopped_by
 
 
-def prepare(recipe: Recipe, run: Path, device: torch.device, peers: Peers, signals: SignalFlag) -> Session:
+def prepare(
+    recipe: Recipe, run: Path, device: torch.device, peers: Peers, signals: SignalFlag, heart: Heart
+) -> Session:
     """Everything that can fail before the first step: data, plan, checkpoint, model, engine."""
     sources, held_out, plan = peers.together(lambda: open_data(recipe, peers.world))
     peers.on_main(lambda: check_continuation(run, recipe, plan.hash))
@@ -120,8 +136,10 @@ def prepare(recipe: Recipe, run: Path, device: torch.device, peers: Peers, signa
         plan,
         batches,
         on_device(batches, device),
+        heart,
         engine,
         state,
+        start,
         start,
         skipped,
         origin,
@@ -159,6 +177,7 @@ def run_steps(session: Session, recorder: Recorder) -> int:
     collapse = CollapseGuard(recipe, shares_of_classes(session))
     dead = DeadGuard(session.engine.module, recipe)
     for step in range(session.start, steps):
+        session.heart.beat("data", step)
         began = time.perf_counter()
         micro_batches = feed.next_step(accumulation)
         waited = time.perf_counter() - began
@@ -167,9 +186,11 @@ def run_steps(session: Session, recorder: Recorder) -> int:
         lr, norm = take_step(session, step, micro_batches, meters)
         dead.step_done()
 
-        done = step + 1
+        done = session.done = step + 1
+        session.heart.beat("agree")
         meters.step_done(waited, (batch.seconds for batch in micro_batches))
         stop = agreed_signal(session)
+        session.heart.beat("record")
         if done % recipe.train.log_every == 0 or done == steps or stop:
             metrics = meters.collect(peers, weights) | optimizer_metrics(session, lr, norm)
             recorder.log(done, metrics)
@@ -211,9 +232,14 @@ def take_step(
         group["lr"] = lr
     norm = None
     with memory_explained(recipe, session.peers.world, session.device):
-        for batch in micro_batches:
-            engine.backward(micro_step(engine, batch, recipe.data.sources, session.device, meters))
+        for micro, batch in enumerate(micro_batches):
+            samples = {name: group.index for name, group in batch.groups.items()}
+            session.heart.beat("forward", step, micro, samples)
+            loss = micro_step(engine, batch, recipe.data.sources, session.device, meters)
+            session.heart.beat("backward", step, micro)
+            engine.backward(loss)
             norm = unsharded_norm(engine)
+            session.heart.beat("update", step, micro)
             engine.step()
     finish_step(session, step)
     return lr, norm
@@ -260,6 +286,7 @@ def save(session: Session, step: int, recorder: Recorder) -> None:
         TrainingStopped: there is a NaN or Inf in what would be saved; nothing would come of going on from it.
         CheckpointError: a rank could not write.
     """
+    session.heart.beat("save")
     began = time.perf_counter()
     if session.peers.highest([not session.state.is_finite()])[0]:
         raise TrainingStopped(

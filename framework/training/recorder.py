@@ -22,7 +22,7 @@ from framework.training.console import LiveLine, format_seconds
 from framework.training.run_folder import append_event
 from framework.training.session import Session
 
-__all__ = ["Recorder"]
+__all__ = ["ENDINGS", "Recorder"]
 
 log = logging.getLogger(__name__)
 

@@ -25,6 +25,7 @@ from framework.tracking.lock import RunLock
 from framework.training.checkpoint_manifest import checkpoint_folders
 from framework.training.distributed import Peers
 from framework.training.storage import explain_os_error, write_json, write_text
+from framework.watch.attempts import close_unknown
 from framework.world import World
 
 __all__ = [
@@ -74,6 +75,7 @@ def open_run(run: Path, recipe: Recipe, world: World, plan_hash: str, start_step
     """
     state = read_run(run) or {"version": VERSION, "name": recipe.name, "plan": plan_hash, "attempts": []}
     attempt = len(state["attempts"])
+    close_unknown(run, state)
     state["recipe"] = recipe_hash(recipe)
     state["attempts"].append(
         {

@@ -16,6 +16,7 @@ from framework.training.distributed import Peers
 from framework.training.signals import SignalFlag
 from framework.training.state import TrainState
 from framework.training.transfer import Closable
+from framework.watch.heart import Heart
 
 __all__ = ["Session"]
 
@@ -37,11 +38,15 @@ class Session:
     """Makes the micro-batches of the steps that are left, of this rank."""
     batches: Closable[Batch]
     """Those micro-batches, on the device."""
+    heart: Heart
+    """Tells the sentinel of this rank where it is."""
     engine: Any
     """DeepSpeed's engine; its `module` is the model."""
     state: TrainState
     start: int
     """Steps that were done when the attempt began."""
+    done: int = 0
+    """Steps that are done now."""
     skipped: int = 0
     """Steps that the optimizer did not apply, in this attempt and before."""
     origin: dict[str, Any] | None = None

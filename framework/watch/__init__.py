@@ -1,0 +1,1 @@
+"""Watching a training from beside it: heartbeats, hangs, and what is written down after a crash."""

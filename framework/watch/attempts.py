@@ -1,0 +1,115 @@
+"""How the attempts at a run began and ended, as `run.json` tells it; needs nothing but the run folder.
+
+An entry of `attempts` has `attempt`, `start_step`, `ranks`, `host`, `hosts` and `started` from its begin, and
+from its end `ended`, `end_step`, `cause`, `checkpoint` (step of the newest one then, or null) and, after a
+crash, `accused` (rank -> why). Causes: `finished`, `stopped by SIGTERM`, `rollback`, `hang`, `died`,
+`failed: …`, or `unknown` when nobody was left to write.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from framework.files import replace_text
+from framework.tracking.lock import RunLock
+
+__all__ = ["attempts_of", "attempts_without_progress", "close_attempt", "close_unknown", "newest_checkpoint"]
+
+PLANNED = ("finished", "stopped by", "rollback")
+"""Causes of ends that are no crash."""
+
+
+def newest_checkpoint(run: Path) -> int | None:
+    """The step of the newest committed checkpoint, or None; its bytes are not verified here."""
+    steps = []
+    for path in (run / "checkpoints").glob("step-*/MANIFEST.json"):
+        number = path.parent.name.removeprefix("step-")
+        if number.isdigit():
+            steps.append(int(number))
+    return max(steps, default=None)
+
+
+def attempts_of(run: Path) -> list[dict[str, Any]]:
+    """The entries of a run; empty for a folder in which nothing has begun."""
+    return _read(run).get("attempts", [])
+
+
+def attempts_without_progress(run: Path) -> int:
+    """How many of the last attempts, in a row, crashed without a checkpoint newer than the one they began at.
+
+    Attempts that ended as planned (finished, stopped by a signal, rolled back) end the count.
+    """
+    count = 0
+    for entry in reversed(attempts_of(run)):
+        cause = entry.get("cause")
+        if cause is None or cause.startswith(PLANNED):
+            break
+        if (entry.get("checkpoint") or 0) > entry["start_step"]:
+            break
+        count += 1
+    return count
+
+
+def close_attempt(
+    run: Path,
+    attempt: int,
+    *,
+    cause: str,
+    end_step: int,
+    accused: Mapping[int, str] | None = None,
+    alone: bool = False,
+) -> None:
+    """Write down how an attempt ended, unless that is known already.
+
+    With `alone` nothing is written while another training holds the run: that one has filled in the end.
+
+    Errors:
+        OSError: the file cannot be written.
+    """
+    lock = RunLock(run, ".training.lock") if alone else None
+    if lock is not None and not lock.acquire():
+        return
+    try:
+        state = _read(run)
+        entry = next((one for one in state.get("attempts", []) if one["attempt"] == attempt), None)
+        if entry is None or "cause" in entry:
+            return
+        finish_entry(run, entry, cause, end_step)
+        if accused:
+            entry["accused"] = {str(rank): reason for rank, reason in accused.items()}
+        replace_text(run / "run.json", json.dumps(state, indent=1, ensure_ascii=False) + "\n")
+    finally:
+        if lock is not None:
+            lock.release()
+
+
+def close_unknown(run: Path, state: dict[str, Any]) -> None:
+    """Fill in the ends of attempts that nobody was left to write, before another one begins."""
+    for entry in state["attempts"]:
+        if "cause" not in entry:
+            steps = [entry["start_step"]]
+            for path in (run / "heartbeat" / f"attempt-{entry['attempt']}").glob("rank-*.json"):
+                try:
+                    steps.append(int(json.loads(path.read_text(encoding="utf-8"))["step"]))
+                except (OSError, ValueError, KeyError, TypeError):
+                    continue
+            finish_entry(run, entry, "unknown", max(steps))
+
+
+def finish_entry(run: Path, entry: dict[str, Any], cause: str, end_step: int) -> None:
+    """Add an end to an entry."""
+    entry["ended"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    entry["end_step"] = end_step
+    entry["cause"] = cause
+    entry["checkpoint"] = newest_checkpoint(run)
+
+
+def _read(run: Path) -> dict[str, Any]:
+    try:
+        return json.loads((run / "run.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
