@@ -21,6 +21,7 @@ __all__ = ["app"]
 app = typer.Typer(no_args_is_help=True, help="Make, verify and inspect shards.")
 app.add_typer(cli_shard.app, name="shard")
 app.add_typer(cli_run.quarantine_app, name="quarantine")
+app.command()(cli_run.audit)
 
 
 @app.callback()

@@ -1,8 +1,7 @@
-"""`tubeworks data quarantine …`: which samples a run goes without, and how a person changes that."""
+"""`tubeworks data quarantine …` and `tubeworks data audit`: what a run goes without, and what it was fed."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,12 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any, List, Optional  # noqa: UP035 
 
 import typer
 
+from data_tools.cli_options import AsJson, print_json
 from framework.errors import DataError
 
 if TYPE_CHECKING:
     from framework.data.quarantine import Quarantined
 
-__all__ = ["quarantine_app"]
+__all__ = ["audit", "quarantine_app"]
 
 quarantine_app = typer.Typer(
     no_args_is_help=True, help="List the samples that a run goes without; take more out, or let them back in."
@@ -30,7 +30,6 @@ FromStep = Annotated[
         "--from-step", min=0, help="First step that changes; by default that of the newest checkpoint."
     ),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 
 
 @quarantine_app.command("list")
@@ -44,7 +43,7 @@ def quarantine_list(run: Run, as_json: AsJson = False) -> None:
     quarantine = read_quarantine(run)
     held = quarantine.held(max((entry.from_step for entry in quarantine.entries), default=0))
     if as_json:
-        typer.echo(json.dumps([asdict(entry) for entry in held], indent=1, ensure_ascii=False))
+        print_json([asdict(entry) for entry in held])
         return
     for entry in held:
         place = f"shard {entry.shard}, offset {entry.offset}"
@@ -93,6 +92,20 @@ def quarantine_remove(run: Run, keys: Keys, source: SourceName, from_step: FromS
         entries = [replace(held[key], from_step=max(step, held[key].from_step), lifted=True) for key in keys]
         append_quarantine(run, entries)
     _say(entries, "is back", "are back")
+
+
+def audit(run: Run, as_json: AsJson = False) -> None:
+    """Prove from the ledger what the run was fed: every sample exactly once per source and epoch."""
+    from data_tools.auditing import audit_run, audit_text
+
+    _check_run(run)
+    content = audit_run(run)
+    if as_json:
+        print_json(content)
+    else:
+        typer.echo(audit_text(content))
+    if content["problems"]:
+        raise typer.Exit(DataError.exit_code)
 
 
 def _say(entries: list[Quarantined], one: str, several: str) -> None:

@@ -42,6 +42,8 @@ class Group:
     pixels: torch.Tensor  # uint8 (batch, 3, frames, height, width)
     labels: torch.Tensor  # int64 (batch,); multi-label float32 (batch, classes); heads int64 (batch, heads)
     index: torch.Tensor  # int64 (batch,), in the source's selection
+    epoch: torch.Tensor  # int64 (batch,)
+    planned: torch.Tensor  # int64 (batch,), `index` before any sample was replaced
     seeds: torch.Tensor  # int64 (batch,), the bits of `sample_seed`
 
 
@@ -194,6 +196,8 @@ class _TrainingBatches:
             pixels.permute(0, 4, 1, 2, 3),
             labels,
             torch.from_numpy(used),
+            torch.from_numpy(np.array(epochs, np.int64)),
+            torch.from_numpy(np.array(indices, np.int64)),
             torch.from_numpy(seeds),
         )
 

@@ -202,6 +202,11 @@ class Plan:
         """All samples of a global step, per source: (count,) each."""
         return self.share(step, rank=0, world=1, micro=0, accumulation=1)
 
+    def of_step(self, name: str, step: int) -> StepIds:
+        """The samples of one source in a global step: (count,)."""
+        count = self._counts[name]
+        return self._orders[name].ids(step * count, (step + 1) * count)
+
     def share(self, step: int, *, rank: int, world: int, micro: int, accumulation: int) -> dict[str, StepIds]:
         """The samples of one micro-batch of one rank: a contiguous piece of the step.
 

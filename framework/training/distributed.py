@@ -108,6 +108,14 @@ class Peers:
         dist.all_gather_object(values, value, group=self._group)
         return values
 
+    def to_main(self, value: Any) -> list[Any] | None:
+        """The value of every rank, in the order of ranks, on rank 0; None on the others."""
+        if self.world.size == 1:
+            return [value]
+        values: list[Any] | None = [None] * self.world.size if self.world.is_main else None
+        dist.gather_object(value, values, dst=0, group=self._group)
+        return values
+
     def from_main(self, value: Any) -> Any:
         """The value of rank 0, on every rank."""
         return self.gather(value)[0]

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from framework.data.ledger import append_record, segment_record, start_record
 from framework.data.loader import Batch
 from framework.data.quarantine import Quarantine, Quarantined, append_quarantine, read_quarantine
 from framework.errors import CheckpointError, DataError, TubeworksError
@@ -15,7 +16,7 @@ from framework.training.distributed import Peers
 from framework.training.session import Session
 from framework.training.transfer import copied
 
-__all__ = ["Feed", "agreed_quarantine"]
+__all__ = ["Feed", "agreed_quarantine", "begin_ledger", "commit_ledger"]
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +39,35 @@ def agreed_quarantine(run: Path, peers: Peers, checkpoint: dict[str, Any] | None
                 "samples out, use `tubeworks data quarantine add`"
             )
     return quarantine
+
+
+def begin_ledger(session: Session, attempt: int) -> None:
+    """Write into the run's ledger that an attempt begins (rank 0 only).
+
+    Errors:
+        DataError: the file cannot be written.
+    """
+    sources = {
+        name: {"count": count, "total": len(session.sources[name])}
+        for name, count in session.plan.counts.items()
+    }
+    ranks = session.peers.world.size
+    append_record(session.run, start_record(session.start, attempt, ranks, session.plan.hash, sources))
+
+
+def commit_ledger(session: Session, stop: int) -> None:
+    """Write down what all ranks were fed up to step `stop`: before a checkpoint of that step is committed.
+
+    Errors:
+        DataError: on all ranks, if the file cannot be written.
+    """
+    shares = session.peers.to_main(session.ledger.take(stop))
+
+    def write() -> None:
+        if shares and shares[0]["first"] < stop:
+            append_record(session.run, segment_record(shares))
+
+    session.peers.on_main(write)
 
 
 class Feed:
@@ -68,9 +98,19 @@ class Feed:
             if failed:
                 self._peers.raise_first(failure)
             if not found:
+                self._note(micro_batches)
                 return micro_batches
             self._put_out([entry for share in self._peers.gather(fresh) for entry in share])
             micro_batches, failure = _attempt(partial(self._all_renewed, micro_batches))
+
+    def _note(self, micro_batches: list[Batch]) -> None:
+        """Enter into the ledger what is fed now."""
+        rank, accumulation = self._peers.world.rank, len(micro_batches)
+        for batch in micro_batches:
+            for name, group in batch.groups.items():
+                place = (rank * accumulation + batch.micro) * len(group.index)
+                columns = (group.epoch.numpy(), group.planned.numpy(), group.index.numpy())
+                self._session.ledger.note(batch.step, name, place, *columns)
 
     def _all_renewed(self, micro_batches: list[Batch]) -> list[Batch]:
         return [self._renewed(batch) for batch in micro_batches]

@@ -24,7 +24,7 @@ from framework.tracking.mirror import Status
 from framework.training.checkpoint import CheckpointReader, choose_checkpoint, prune, save_checkpoint
 from framework.training.distributed import Peers, choose_device, start_process_group
 from framework.training.engine import start_engine, unsharded_norm
-from framework.training.feed import Feed, agreed_quarantine
+from framework.training.feed import Feed, agreed_quarantine, begin_ledger, commit_ledger
 from framework.training.guards import CollapseGuard, DeadGuard
 from framework.training.held_out import evaluate_held_out
 from framework.training.initial import initialise
@@ -161,6 +161,7 @@ def open_data(recipe: Recipe, world: World) -> tuple[dict[str, OpenSource], dict
 def record_attempt(session: Session) -> int:
     """Write down that an attempt begins, and with which weights; returns its number."""
     attempt = open_run(session.run, session.recipe, session.peers.world, session.plan.hash, session.start)
+    begin_ledger(session, attempt)
     if session.origin:
         append_event(session.run, "initialised", session.start, **session.origin)
     return attempt
@@ -300,6 +301,7 @@ def save(session: Session, step: int, recorder: Recorder) -> None:
         "skipped_steps": session.skipped,
         "quarantine": session.loader.quarantine.digest(step),
     }
+    commit_ledger(session, step)
     folder = save_checkpoint(session.run, step, session.engine.module, session.state, session.peers, facts)
     settings = session.recipe.checkpoint
     session.peers.on_main(lambda: prune(session.run, settings.keep, settings.keep_every) and None)

@@ -5,6 +5,7 @@ RUN/run.json         version, hashes of recipe and plan, and one entry per attem
 RUN/journal.jsonl    the metrics (see framework.tracking.journal)
 RUN/events.jsonl     what happened besides: replaced samples, skipped steps, checkpoints
 RUN/quarantine.jsonl samples that are not fed again (see framework.data.quarantine)
+RUN/ledger.bin       what was really fed (see framework.data.ledger)
 RUN/checkpoints/     see framework.training.checkpoint
 """
 

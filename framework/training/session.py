@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from framework.data.ledger import Ledger
 from framework.data.loader import Batch, TrainingBatches
 from framework.data.plan import Plan
 from framework.data.sources import OpenSource
@@ -51,3 +52,8 @@ class Session:
     """Steps that the optimizer did not apply, in this attempt and before."""
     origin: dict[str, Any] | None = None
     """Where the weights come from, if from another run and in this attempt."""
+    ledger: Ledger = field(init=False)
+    """What this rank has fed since the last checkpoint."""
+
+    def __post_init__(self) -> None:
+        self.ledger = Ledger(self.start)
