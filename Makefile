@@ -1,5 +1,5 @@
 # Two targets do it all: `make demo` shows the framework at work, `make test` proves it.
-.PHONY: help demo test install install-dev system-packages lint unit clean
+.PHONY: help demo test bench-gpu install install-dev system-packages lint unit clean
 .DEFAULT_GOAL := help
 
 PYTHON ?= python3
@@ -10,6 +10,7 @@ SYSTEM_PACKAGES := chromium ffmpeg slurm-wlm:slurmctld munge:munged
 help:
 	@echo "make demo     install, make a small data set, shard it, train, evaluate, print a table"
 	@echo "make test     install, then lint, types and tests"
+	@echo "make bench-gpu  measure the training step on a CUDA GPU (under 8 minutes)"
 	@echo "make install  make .venv with .venv/bin/tubeworks"
 	@echo "make lint     ruff and pyright only"
 	@echo "make clean    remove .venv, demo/ and caches"
@@ -24,6 +25,9 @@ demo: install
 	@$(BIN)/python -m launch.demo
 
 test: install-dev system-packages lint unit
+
+bench-gpu: install
+	$(BIN)/python -m benchmarks.train_step --out benchmarks/results/train_step_gpu.json
 
 lint: install-dev
 	$(BIN)/ruff check .

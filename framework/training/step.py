@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from framework.data.loader import Batch
 from framework.recipe.schema import Source
 from framework.training.losses import draw_mixing, mix_pixels, source_loss
 from framework.training.meters import Meters
+
+if TYPE_CHECKING:  # a step needs no shards, and `benchmarks.train_step` runs where their libraries are not
+    from framework.data.loader import Batch
 
 __all__ = ["micro_step"]
 

@@ -1,0 +1,210 @@
+"""The training step against the chip and against what people would use instead, in one run.
+
+    python -m benchmarks.train_step [--out FILE] [--seconds 460] [--tiny]        (make bench-gpu)
+
+Measures the rate of a large bf16 matrix product, and then, as shares of that rate, forward passes and full
+DeepSpeed steps of TubeViT-B, L and H with 539, 735 and 1176 tokens, with and without compilation, activation
+checkpointing and images beside the clips; the steps of other libraries' ViTs of the same shape; three
+tokenizers; the joint pass against two passes and against padding; a frozen prefix against full training; and
+the largest micro-batches. Needs torch, deepspeed, numpy, pydantic, ruamel.yaml and rich, and a CUDA GPU;
+pixels are random, so it needs no data. `--tiny` runs every part with a tiny model, on a CPU too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.step import sections
+from benchmarks.step.product import Setting
+from benchmarks.step.sections import Bench
+from benchmarks.step.timing import Budget, Workbench
+from framework.training.distributed import choose_device, start_process_group
+from framework.world import World
+
+SECONDS = 460.0
+FORMAT = "tubeworks-train-step"
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What a figure should reach."""
+
+    name: str
+    wanted: str
+    value: float | None
+    reached: bool | None
+
+
+def main() -> None:
+    """Measure, print a summary, write the results."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument(
+        "--out", type=Path, help="JSON file for the results; a profile goes beside it as .txt"
+    )
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="wall clock for all of it")
+    parser.add_argument("--tiny", action="store_true", help="a tiny model, to see that everything runs")
+    options = parser.parse_args()
+    if not (torch.cuda.is_available() or options.tiny):
+        sys.exit("there is no CUDA GPU here; `--tiny` runs all parts with a tiny model on the CPU")
+    results = measure(options.seconds, tiny=options.tiny)
+    profile = results.pop("profile")
+    print(summary(results))
+    if options.out:
+        options.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        options.out.with_suffix(".profile.txt").write_text(profile, encoding="utf-8")
+
+
+def measure(seconds: float, *, tiny: bool) -> dict[str, Any]:
+    """Run every section within so many seconds; what did not fit is listed under `skipped`."""
+    torch.set_float32_matmul_precision("high")
+    device = choose_device(World())
+    start_process_group(World(), device)
+    workbench = Workbench(device, warmup=1, repeats=2) if tiny else Workbench(device)
+    bench = Bench(Setting(device, tiny), workbench, Budget(seconds))
+    top = sections.ceiling(bench)
+    rate = top["flops_per_s"]
+    done = sections.steps(bench, rate)
+    results = {
+        "format": FORMAT,
+        "command": " ".join(["python -m benchmarks.train_step", *sys.argv[1:]]),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "device": _device(workbench),
+        "versions": _versions(),
+        "ceiling": top,
+        "steps": done,
+        "rivals": sections.rivals(bench, done, rate),
+        "tokenizers": sections.tokenizers(bench, done),
+        "joint": sections.joint(bench),
+        "frozen": sections.frozen(bench),
+        "profile": sections.profile(bench),
+        "largest": sections.largest(bench),
+        "skipped": bench.budget.skipped,
+    }
+    results["goals"] = [vars(goal) for goal in goals(results)]
+    return results
+
+
+def _device(workbench: Workbench) -> dict[str, Any]:
+    facts: dict[str, Any] = {"name": platform.processor() or platform.machine(), "memory": workbench.memory}
+    if workbench.device.type == "cuda":
+        found = torch.cuda.get_device_properties(workbench.device)
+        facts |= {"name": found.name, "capability": f"{found.major}.{found.minor}", "driver": _driver()}
+    return facts
+
+
+def _driver() -> str:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError) as error:
+        return f"unknown ({type(error).__name__})"
+    return found.stdout.splitlines()[0].strip()
+
+
+def _versions() -> dict[str, str]:
+    names = ("torch", "deepspeed", "triton", "timm", "transformers")
+    found = {name: metadata.version(name) for name in names if _installed(name)}
+    return {"python": platform.python_version(), "cuda": str(torch.version.cuda), **found}
+
+
+def _installed(name: str) -> bool:
+    try:
+        metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def goals(results: dict[str, Any]) -> list[Goal]:
+    """What the project sets out to reach on an H200, and whether this run did."""
+    found = []
+    for size, wanted in (("h", 0.65), ("b", 0.55), ("l", 0.55)):
+        for tokens in (539, 1176):
+            value = _best_share(results["steps"], size, tokens)
+            found.append(
+                _goal(f"{size.upper()}, {tokens} tokens: share of the matrix rate", ">=", wanted, value)
+            )
+    for size, tokens in (("h", 539), ("h", 1176), ("b", 539)):
+        ours = _best_share(results["steps"], size, tokens)
+        theirs = max((r["share"] for r in _matching(results["rivals"], size, tokens)), default=None)
+        ratio = ours / theirs if ours and theirs else None
+        found.append(_goal(f"{size.upper()}, {tokens} tokens: times the best alternative", ">=", 1.3, ratio))
+    own = [row["share_of_step"] for row in results["tokenizers"] if row["way"].startswith("strided")]
+    found.append(_goal("tokenizer: share of the step", "<=", 0.03, max(own, default=None)))
+    found.append(_goal("joint pass: times two passes, B", ">=", 1.15, _joint_gain(results["joint"])))
+    parts = [row.get("time_of_full") for row in results["frozen"] if row["frozen_layers"]]
+    values = [part for part in parts if part is not None]
+    found.append(_goal("frozen prefix: part of the full step", "<=", 0.55, max(values, default=None)))
+    return found
+
+
+def _goal(name: str, relation: str, wanted: float, value: float | None) -> Goal:
+    reached = None if value is None else value >= wanted if relation == ">=" else value <= wanted
+    return Goal(name, f"{relation} {wanted}", value, reached)
+
+
+def _matching(rows: list[dict[str, Any]], size: str, tokens: int) -> list[dict[str, Any]]:
+    return [r for r in rows if r["size"] == size and r["tokens"] == tokens and "share" in r]
+
+
+def _best_share(rows: list[dict[str, Any]], size: str, tokens: int) -> float | None:
+    found = [r["share"] for r in _matching(rows, size, tokens) if r["kind"] == "step" and not r["joint"]]
+    return max(found, default=None)
+
+
+def _joint_gain(rows: list[dict[str, Any]]) -> float | None:
+    times = {row["way"]: row["median_s"] for row in rows if row["size"] == "b" and "median_s" in row}
+    if "one pass" not in times or "two passes" not in times:
+        return None
+    return times["two passes"] / times["one pass"]
+
+
+def summary(results: dict[str, Any]) -> str:
+    """A table for a terminal: every row with its spread, then the goals."""
+    lines = [f"{results['device']['name']}: {results['ceiling']['flops_per_s'] / 1e12:.0f} TFLOP/s in bf16"]
+    for section in ("steps", "rivals", "tokenizers", "joint", "frozen", "largest"):
+        lines += ["", section, *(_line(row) for row in results[section])]
+    lines += ["", "goals"]
+    for goal in results["goals"]:
+        value = "not measured" if goal["value"] is None else f"{goal['value']:.3f}"
+        mark = {None: "?", True: "reached", False: "MISSED"}[goal["reached"]]
+        lines.append(f"  {goal['name']}: {value}, wanted {goal['wanted']}: {mark}")
+    if results["skipped"]:
+        lines += ["", "no time left for: " + "; ".join(results["skipped"])]
+    return "\n".join(lines)
+
+
+def _line(row: dict[str, Any]) -> str:
+    words = [str(row[key]) for key in ("name", "kind", "rival", "way") if key in row]
+    words += [
+        f"{key}={row[key]}" for key in ("tokens", "batch", "clips", "frozen_layers", "compile") if key in row
+    ]
+    if "failed" in row:
+        return f"  {', '.join(words)}: {row['failed']}"
+    if "median_s" in row:
+        words.append(
+            "{:.2f} ms [{:.2f}, {:.2f}]".format(*(1e3 * row[k] for k in ("median_s", "low_s", "high_s")))
+        )
+    numbers = ("share", "share_of_step", "ours_is_faster_by", "time_of_full", "operations_of_full")
+    words += [f"{key}={row[key]:.3f}" for key in numbers if key in row]
+    words += [
+        f"{key}={row[key]}"
+        for key in ("checkpointing", "offload", "predicted", "found")
+        if key in row and "kind" not in row
+    ]
+    return "  " + ", ".join(words)
+
+
+if __name__ == "__main__":
+    main()
