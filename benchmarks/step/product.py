@@ -106,7 +106,8 @@ class Product:
         self.engine: Any = start_engine(model, self.recipe, World())
         for group in self.engine.optimizer.param_groups:
             group["lr"] = 1e-5
-        self._meters = Meters(self.recipe.data.mixture, setting.device)
+        targets = {name: self.recipe.data.sources[name].targets for name in self.recipe.data.mixture}
+        self._meters = Meters(targets, setting.device)
         self._batches = [self._batch(seed) for seed in range(2)]
         self._turn = 0
 
