@@ -21,19 +21,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich import box
 from rich.console import Console, Group
 from rich.table import Table
+from torch import nn
 
 from framework.errors import RecipeError
 from framework.models.cost import count_parameters, forward_cost, sequence_length
 from framework.models.coverage import coverage, search
+from framework.models.describe_video import describe_video_model, video_tables
 from framework.models.inputs import InputSpec, inputs_of
+from framework.models.mtv import MTV
 from framework.models.registry import build_model, model_names
+from framework.models.tables import plain_table
 from framework.models.tubes import sub_stride
 from framework.models.tubevit import TubeViT
+from framework.models.video_model import VideoModel
 from framework.recipe import Recipe, load_recipe, recipe_names
-from framework.recipe.schema import Tube
+from framework.recipe.schema import Model, Tube
 
 __all__ = [
     "describe",
@@ -44,15 +48,24 @@ __all__ = [
     "table",
 ]
 
-# A model that is described by its name alone reads what the paper's joint training reads (§3.2, §3.5).
-PAPER_INPUTS = """\
+# A model that is described by its name alone reads what its paper reports: TubeViT Kinetics-600 and ImageNet
+# (§3.2, §3.5), the other video models Kinetics-400, ViT ImageNet.
+VIDEO = "video: {{path: shards, kind: video, classes: {}, size: 224, clip: {{frames: {}, {}}}}}"
+IMAGE = "image: {path: shards, kind: image, classes: 1000, size: 224}"
+PAPER_SOURCES = {
+    "tubevit": (VIDEO.format(600, 32, "fps: 15"), IMAGE),
+    "vit": (IMAGE,),
+    "vivit": (VIDEO.format(400, 32, "stride: 2"),),
+    "timesformer": (VIDEO.format(400, 8, "stride: 32"),),
+    "videomae": (VIDEO.format(400, 16, "stride: 4"),),
+    "mtv": (VIDEO.format(400, 32, "stride: 2"),),
+}
+PAPER_RECIPE = """\
 name: describe
 model: {{name: {name}}}
 data:
-  sources:
-    video: {{path: shards, kind: video, classes: 600, size: 224, clip: {{frames: 32, fps: 15}}}}
-    image: {{path: shards, kind: image, classes: 1000, size: 224}}
-  mixture: {{video: 1, image: 1}}
+  sources: {{{sources}}}
+  mixture: {{{mixture}}}
 optimizer: {{lr: 1e-4}}
 train: {{steps: 1}}
 """
@@ -94,7 +107,7 @@ def describe(name_or_recipe: str, overrides: Sequence[str] = ()) -> dict[str, An
     """
     description = describe_recipe(_load(name_or_recipe, overrides))
     if name_or_recipe in model_names():
-        description["cost"] = description["cost"]["video"]
+        description["cost"] = next(iter(description["cost"].values()))
     return description
 
 
@@ -102,7 +115,7 @@ def _load(name_or_recipe: str, overrides: Sequence[str]) -> Recipe:
     if name_or_recipe in model_names():
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / f"{name_or_recipe}.yaml"
-            path.write_text(PAPER_INPUTS.format(name=name_or_recipe), encoding="utf-8")
+            path.write_text(_paper_recipe(name_or_recipe), encoding="utf-8")
             return load_recipe(str(path), overrides).recipe
     known = [*model_names(), *recipe_names()]
     if not Path(name_or_recipe).exists() and name_or_recipe.removesuffix(".yaml") not in known:
@@ -114,6 +127,13 @@ def _load(name_or_recipe: str, overrides: Sequence[str]) -> Recipe:
     return load_recipe(name_or_recipe, overrides).recipe
 
 
+def _paper_recipe(name: str) -> str:
+    """A recipe in which a model reads the sources of its paper."""
+    sources = PAPER_SOURCES[name.partition("_")[0]]
+    mixture = ", ".join(f"{source.partition(':')[0]}: 1" for source in sources)
+    return PAPER_RECIPE.format(name=name, sources=", ".join(sources), mixture=mixture)
+
+
 def describe_recipe(recipe: Recipe) -> dict[str, Any]:
     """Describe the model of a checked recipe; plain values only, ready for JSON.
 
@@ -121,6 +141,9 @@ def describe_recipe(recipe: Recipe) -> dict[str, Any]:
     """
     inputs = inputs_of(recipe)
     model = _on_meta(recipe)
+    if isinstance(model, VideoModel | MTV):
+        return describe_video_model(recipe, model, inputs)
+    assert isinstance(model, TubeViT)
     parameters = asdict(count_parameters(model))
     total, tubes = parameters.pop("total"), parameters.pop("tubes")
     sources = {name: _describe_source(model, spec) for name, spec in inputs.items()}
@@ -141,11 +164,9 @@ def describe_recipe(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def _on_meta(recipe: Recipe) -> TubeViT:
+def _on_meta(recipe: Recipe) -> nn.Module:
     with torch.device("meta"):
-        model = build_model(recipe.model, inputs_of(recipe))
-    assert isinstance(model, TubeViT)
-    return model
+        return build_model(recipe.model, inputs_of(recipe))
 
 
 def _plain(tube: Tube) -> dict[str, Any]:
@@ -166,10 +187,13 @@ def search_tubes(
         RecipeError: no such model or recipe, one without a video source, or a budget that is too small.
     """
     recipe = _load(name_or_recipe, overrides)
+    if not isinstance(recipe.model, Model):
+        raise RecipeError(f"`{name_or_recipe}` has no tubes to search for: it is no TubeViT")
     videos = [(name, spec) for name, spec in inputs_of(recipe).items() if spec.frames > 1]
     if not videos:
         raise RecipeError(f"`{name_or_recipe}` reads no video, so there are no tubes to search for")
     (source, spec), model = videos[0], _on_meta(recipe)
+    assert isinstance(model, TubeViT)
     clip = (spec.frames, spec.size, spec.size)
     own = forward_cost(model, spec).multiply_adds
     found = search(model, spec, own if gmac is None else gmac * 1e9)
@@ -214,21 +238,15 @@ def _describe_source(model: TubeViT, spec: InputSpec) -> dict[str, Any]:
 
 def table(description: dict[str, Any]) -> Group:
     """The description as tables for a terminal."""
+    if "tubes" not in description:
+        return video_tables(description)
     size = "{name}: width {width}, depth {depth}, {heads} heads, MLP {mlp_width}".format(**description)
     return Group(size, _parameter_table(description), _tube_table(description), _source_table(description))
 
 
-def _plain_table(*headers: str) -> Table:
-    """A table whose first column is text and whose others are numbers."""
-    result = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    for number, header in enumerate(headers):
-        result.add_column(header, justify="right" if number else "left", no_wrap=True)
-    return result
-
-
 def _parameter_table(description: dict[str, Any]) -> Table:
     counts = description["parameter_groups"]
-    result = _plain_table("parameters", "number")
+    result = plain_table("parameters", "number")
     lines = {
         "total": description["parameters"],
         "encoder (ViT without classifier)": counts["encoder"],
@@ -245,7 +263,7 @@ def _parameter_table(description: dict[str, Any]) -> Table:
 def _tube_table(description: dict[str, Any]) -> Table:
     sources = description["sources"]
     columns = ("kernel", "stride", "offset", "space to\ndepth", "parameters")
-    result = _plain_table("tube", *columns, *(f"tokens of\n{name}" for name in sources))
+    result = plain_table("tube", *columns, *(f"tokens of\n{name}" for name in sources))
     for number, tube in enumerate(description["tubes"]):
         boxes = ["x".join(map(str, tube[key])) for key in ("kernel", "stride", "offset", "space_to_depth")]
         tokens = [
@@ -258,7 +276,7 @@ def _tube_table(description: dict[str, Any]) -> Table:
 
 def _source_table(description: dict[str, Any]) -> Table:
     costs = ("GMAC\n", "GFLOP\n(2 per MAC)", "GFLOP\nas published")
-    result = _plain_table("source", "clip", "classes", "tokens", "read", *costs)
+    result = plain_table("source", "clip", "classes", "tokens", "read", *costs)
     for name, source in description["sources"].items():
         cost = [f"{source['cost'][key]:.4g}" for key in ("mac", "flop", "hlo_half")]
         clip = "{frames}x{size}x{size}".format(**source)
@@ -270,7 +288,7 @@ def _source_table(description: dict[str, Any]) -> Table:
 def _search_table(result: dict[str, Any]) -> Group:
     clip = "x".join(map(str, result["clip"]))
     head = f"{result['name']}, clips of {clip}, at most {result['gmac']:.4g} GMAC a clip; * are its own tubes"
-    lines = _plain_table("tubes: kernel/stride+offset, ×Space-to-Depth", "read", "tokens", "GMAC")
+    lines = plain_table("tubes: kernel/stride+offset, ×Space-to-Depth", "read", "tokens", "GMAC")
     for mark, entry in [(" *", result["own"]), *(("", entry) for entry in result["found"])]:
         tubes = "\n".join(_short(tube) for tube in entry["tubes"]) + mark
         lines.add_row(tubes, f"{entry['coverage']:.1%}", str(entry["tokens"]), f"{entry['gmac']:.4g}")

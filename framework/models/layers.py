@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from framework.models.noise import dropout as drop_elements
+from framework.recipe.schema import Gelu
 
 __all__ = [
     "MLP",
@@ -27,6 +28,7 @@ __all__ = [
     "Head",
     "LayerNorm",
     "Linear",
+    "add",
     "join",
     "rows",
 ]
@@ -115,28 +117,31 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two linear layers with the exact (erf) GELU between them."""
+    """Two linear layers with a GELU between them: the exact one (erf), or its approximation by tanh."""
 
-    def __init__(self, width: int, hidden: int) -> None:
+    def __init__(self, width: int, hidden: int, gelu: Gelu = "exact") -> None:
         super().__init__()
+        self.approximate = "none" if gelu == "exact" else gelu
         self.fc1 = Linear(width, hidden)
         self.fc2 = Linear(hidden, width)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Work on every token alone; (total_tokens, width) to the same shape."""
-        return self.fc2(F.gelu(self.fc1(tokens)))
+        return self.fc2(F.gelu(self.fc1(tokens), approximate=self.approximate))
 
 
 class Block(nn.Module):
     """Pre-norm transformer block: z = z + attention(norm(z)), then z = z + MLP(norm(z))."""
 
-    def __init__(self, width: int, heads: int, hidden: int, dropout: float = 0.0) -> None:
+    def __init__(
+        self, width: int, heads: int, hidden: int, dropout: float = 0.0, gelu: Gelu = "exact"
+    ) -> None:
         super().__init__()
         self.dropout = dropout
         self.norm1 = LayerNorm(width)
         self.attn = Attention(width, heads)
         self.norm2 = LayerNorm(width)
-        self.mlp = MLP(width, hidden)
+        self.mlp = MLP(width, hidden, gelu)
 
     def forward(
         self, tokens: Tensor, groups: Groups, depth: Tensor | None = None, seeds: Tensor | None = None
@@ -157,4 +162,9 @@ class Block(nn.Module):
     ) -> Tensor:
         if seeds is not None:
             branch = drop_elements(branch, seeds[number], self.dropout)
-        return tokens + branch if depth is None else torch.addcmul(tokens, branch, depth[number])
+        return add(tokens, branch, None if depth is None else depth[number])
+
+
+def add(tokens: Tensor, branch: Tensor, scale: Tensor | None) -> Tensor:
+    """The skip connection: tokens and a branch, which stochastic depth may scale, row by row."""
+    return tokens + branch if scale is None else torch.addcmul(tokens, branch, scale)

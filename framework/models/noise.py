@@ -11,13 +11,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["depth_scales", "dropout", "dropout_seeds", "mix"]
+__all__ = ["depth_scales", "dropout", "dropout_seeds", "mix", "split_places"]
 
 Groups = Sequence[tuple[int, int]]
 
 BRANCHES = 2  # the attention and the MLP of a block
 # Different uses of one seed must not share draws, so each use starts its counters at its own place.
-DEPTH_COUNTER, TOKEN_COUNTER, DROPOUT_COUNTER = 1 << 40, 2 << 40, 3 << 40
+DEPTH_COUNTER, TOKEN_COUNTER, DROPOUT_COUNTER, MASK_COUNTER = 1 << 40, 2 << 40, 3 << 40, 4 << 40
 
 
 def _signed(value: int, bits: int) -> int:
@@ -43,21 +43,32 @@ def _shift_right(values: Tensor, places: int, bits: int) -> Tensor:
     return (values >> places) & ((1 << (bits - places)) - 1)
 
 
-def depth_scales(seeds: Tensor, groups: Groups, layers: int, rate: float, dtype: torch.dtype) -> Tensor:
+def depth_scales(
+    seeds: Tensor,
+    groups: Groups,
+    layers: int,
+    rate: float,
+    dtype: torch.dtype,
+    *,
+    branches: int = BRANCHES,
+    first: int = 0,
+) -> Tensor:
     """Factors that stochastic depth puts on the branches of all layers.
 
-    The rate grows linearly from 0 at the first layer to `rate` at the last; both branches of a block are
+    The rate grows linearly from 0 at the first layer to `rate` at the last; all branches of a block are
     drawn independently. A kept branch is scaled by 1 / (1 - rate of the layer), a dropped one is 0.
 
     Args:
         seeds: int64 (samples,), the samples of all groups in order.
         groups: (samples, tokens of a sample) of each group.
+        branches: of a block.
+        first: how many branches of the same samples have drawn before, in another encoder.
 
     Returns:
-        (layers, 2, total_tokens, 1): the same factor for all tokens of a sample.
+        (layers, branches, total_tokens, 1): the same factor for all tokens of a sample.
     """
-    counters = torch.arange(layers * BRANCHES, device=seeds.device) + DEPTH_COUNTER
-    draws = mix(seeds ^ mix(counters).unsqueeze(1)).view(layers, BRANCHES, -1)
+    counters = torch.arange(layers * branches, device=seeds.device) + (DEPTH_COUNTER + first)
+    draws = mix(seeds ^ mix(counters).unsqueeze(1)).view(layers, branches, -1)
     uniform = _shift_right(draws, 40, 64).to(torch.float32) * 2.0**-24
     rates = torch.linspace(0.0, rate, layers, device=seeds.device).view(-1, 1, 1)
     scales = (uniform >= rates) / (1 - rates)
@@ -94,6 +105,23 @@ def dropout(values: Tensor, seeds: Tensor, rate: float) -> Tensor:
     draws = draws ^ _shift_right(draws, 16, 32)
     kept = (draws & 0xFFFFFF) >= int(rate * 2**24)
     return values * kept * (1 / (1 - rate))
+
+
+def split_places(seeds: Tensor, places: int, masked: int) -> tuple[Tensor, Tensor]:
+    """Choose places at random for each sample, all choices being alike.
+
+    Args:
+        seeds: int64 (samples,).
+        places: how many there are.
+        masked: how many are chosen.
+
+    Returns:
+        The places that are left, int64 (samples, places - masked), and those that are chosen, int64
+        (samples, masked); both in their order.
+    """
+    counters = torch.arange(places, device=seeds.device) + MASK_COUNTER
+    order = mix(seeds.unsqueeze(1) ^ mix(counters)).argsort(dim=1)
+    return order[:, masked:].sort(dim=1).values, order[:, :masked].sort(dim=1).values
 
 
 def _over_tokens(values: Tensor, groups: Groups) -> Tensor:

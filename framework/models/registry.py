@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 
 from torch import nn
 
@@ -14,7 +15,8 @@ from framework.models.scaleup import BridgedTokenizer, ScaledTubeViT
 from framework.models.tokenizer import TubeTokenizer
 from framework.models.tube_sets import PAPER_TUBES, TUBE_SETS
 from framework.models.tubevit import Size, TubeViT
-from framework.recipe.schema import Model, Tube
+from framework.models.video_registry import build_video_model, tube_of, view_sizes
+from framework.recipe.schema import MTV, AnyModel, Model, Tube
 
 __all__ = [
     "SIZES",
@@ -30,11 +32,11 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 SIZES = {
-    "tubevit_ti": Size(width=192, depth=12, heads=3, mlp_width=768),
-    "tubevit_s": Size(width=384, depth=12, heads=6, mlp_width=1536),
-    "tubevit_b": Size(width=768, depth=12, heads=12, mlp_width=3072),
-    "tubevit_l": Size(width=1024, depth=24, heads=16, mlp_width=4096),
-    "tubevit_h": Size(width=1280, depth=32, heads=16, mlp_width=5120),
+    "ti": Size(width=192, depth=12, heads=3, mlp_width=768),
+    "s": Size(width=384, depth=12, heads=6, mlp_width=1536),
+    "b": Size(width=768, depth=12, heads=12, mlp_width=3072),
+    "l": Size(width=1024, depth=24, heads=16, mlp_width=4096),
+    "h": Size(width=1280, depth=32, heads=16, mlp_width=5120),
 }
 """B, L and H are those of the paper (Table 11), Ti and S those of DeiT.
 
@@ -44,13 +46,31 @@ while 24 layers of this width with a 16x16 patch kernel have 303.1 M. H: the ker
 while the paper's H keeps those that were trained in B, with 768 channels.
 """
 
+VARIANTS = {
+    "tubevit": ("",),
+    "vit": ("",),
+    "vivit": ("_m1", "_m2", "_m3", "_m4", "_avgpool"),
+    "timesformer": ("_divided", "_joint", "_space"),
+    "videomae": ("",),
+    "mtv": ("",),
+}
+NAMES = {
+    f"{family}_{size}{variant}": numbers
+    for family, variants in VARIANTS.items()
+    for size, numbers in SIZES.items()
+    for variant in variants
+    if family != "mtv" or size == "b"
+}
+"""The encoder of every model by its name; MTV-B is the name of three encoders, of which this is the first."""
+NAMES["vivit_ti_m4"] = replace(SIZES["ti"], heads=4)  # three heads have no halves
 
-def model_names() -> list[str]:
-    """All names that `model.name` may take."""
-    return list(SIZES)
+
+def model_names(family: str | None = None) -> list[str]:
+    """All names that `model.name` may take, or those of one family."""
+    return [name for name in NAMES if family in (None, name.partition("_")[0])]
 
 
-def size_of(model: Model) -> Size:
+def size_of(model: AnyModel) -> Size:
     """The numbers of the encoder: those of the name, with single ones overridden by the recipe.
 
     Without `mlp_width` the MLP keeps four times the width.
@@ -58,13 +78,15 @@ def size_of(model: Model) -> Size:
     Errors:
         RecipeError: no such model, or a width that the heads do not divide.
     """
-    if model.name not in SIZES:
-        near = difflib.get_close_matches(model.name, SIZES, n=1, cutoff=0.0)
+    if model.name not in NAMES:
+        near = difflib.get_close_matches(model.name, NAMES, n=1, cutoff=0.0)
         raise RecipeError(
             f"model.name: there is no model `{model.name}`; did you mean `{near[0]}`? "
-            f"Known are {', '.join(SIZES)}."
+            f"Known are {', '.join(NAMES)}."
         )
-    known = SIZES[model.name]
+    known = NAMES[model.name]
+    if isinstance(model, MTV):
+        return view_sizes(model)[0]
     width, heads = model.width or known.width, model.heads or known.heads
     if width % heads:
         working = [count for count in range(1, width + 1) if width % count == 0 and width // count >= 8]
@@ -75,7 +97,7 @@ def size_of(model: Model) -> Size:
     return Size(width, model.depth or known.depth, heads, model.mlp_width or 4 * width)
 
 
-def build_model(model: Model, inputs: Mapping[str, InputSpec]) -> nn.Module:
+def build_model(model: AnyModel, inputs: Mapping[str, InputSpec]) -> nn.Module:
     """Build the model of a recipe with random weights, drawn from torch's global generator.
 
     Errors:
@@ -85,6 +107,8 @@ def build_model(model: Model, inputs: Mapping[str, InputSpec]) -> nn.Module:
     size = size_of(model)
     _check_rates(model)
     _check_source_names(inputs)
+    if not isinstance(model, Model):
+        return build_video_model(model, size, inputs)
     if model.position == "printed":
         log.warning(
             "model.position: printed takes the formula as the paper prints it, which is degenerate: all but "
@@ -114,12 +138,15 @@ def build_model(model: Model, inputs: Mapping[str, InputSpec]) -> nn.Module:
     )
 
 
-def build_tokenizer(model: Model, inputs: Mapping[str, InputSpec]) -> TubeTokenizer:
+def build_tokenizer(model: AnyModel, inputs: Mapping[str, InputSpec]) -> TubeTokenizer:
     """The tokenizer that `build_model` would make, alone: for looking at what it learned.
 
     Errors:
         ModelError: a tube does not fit the width or a source.
+        RecipeError: a model with several tokenizers.
     """
+    if not isinstance(model, Model):
+        return TubeTokenizer([tube_of(model)], size_of(model).width, position="none")
     tubes, width = tubes_of(model), size_of(model).width
     clips = [(spec.frames, spec.size, spec.size) for spec in inputs.values()]
     if model.scale_up is not None:
@@ -152,9 +179,9 @@ def _interpolated(model: Model, tubes: tuple[Tube, ...]) -> list[int]:
     return [n for n, tube in enumerate(tubes) if model.interpolate_2d or tube.kernel[0] > 1]
 
 
-def _check_rates(model: Model) -> None:
+def _check_rates(model: AnyModel) -> None:
     for key in ("dropout", "stochastic_depth"):
-        if getattr(model, key) >= 1:
+        if getattr(model, key, 0) >= 1:
             raise RecipeError(f"model.{key} must be smaller than 1: at 1 nothing would get through")
 
 

@@ -8,29 +8,18 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from framework.errors import ModelError
-from framework.models.heads import build_head
 from framework.models.inputs import InputSpec
+from framework.models.joint import JointModel, Size
 from framework.models.layers import Block, Groups, LayerNorm
 from framework.models.noise import depth_scales, dropout, dropout_seeds
 from framework.models.pooling import ClassToken, build_pool
 from framework.models.tokenizer import TubeTokenizer
-from framework.models.tubes import CHANNELS, Grid, check_tubes, grids_of
+from framework.models.tubes import Grid, check_tubes, grids_of
 from framework.recipe.schema import Pool, Position, Tube
 
 __all__ = ["Noise", "Size", "TubeViT"]
-
-
-@dataclass(frozen=True)
-class Size:
-    """The numbers of a transformer encoder."""
-
-    width: int
-    depth: int
-    heads: int
-    mlp_width: int
 
 
 @dataclass(frozen=True)
@@ -50,13 +39,13 @@ class Noise:
         return depth, None if self.elements is None else self.elements[layer]
 
 
-class TubeViT(nn.Module):
+class TubeViT(JointModel):
     """Tubes, a pre-norm ViT encoder, attention pooling, and one classifier per source.
 
     Images and videos go through in one pass: the tokens of all groups form one matrix (see `layers`).
-    Set `activation_checkpointing` to compute blocks a second time in the backward pass, instead of keeping
-    what is inside them.
     """
+
+    positions = ("tokenizer.positions.", "pool.query")
 
     def __init__(
         self,
@@ -85,12 +74,8 @@ class TubeViT(nn.Module):
         Errors:
             ModelError: a tube does not fit the width or a source; the message names it.
         """
-        super().__init__()
-        self.size = size
-        self.inputs = dict(inputs)
+        super().__init__(size, inputs, stochastic_depth=stochastic_depth)
         self.dropout = dropout
-        self.stochastic_depth = stochastic_depth
-        self.activation_checkpointing = False
         clips = {name: (spec.frames, spec.size, spec.size) for name, spec in self.inputs.items()}
         check_tubes(tubes, size.width)
         for name, clip in clips.items():
@@ -104,7 +89,7 @@ class TubeViT(nn.Module):
         )
         self.norm = LayerNorm(size.width)
         self.pool = build_pool(pool, size.width, size.heads, size.mlp_width)
-        self.heads = nn.ModuleDict({name: build_head(size.width, spec) for name, spec in inputs.items()})
+        self.add_heads(size.width)
 
     def forward(
         self, pixels: Mapping[str, Tensor], seeds: Mapping[str, Tensor] | None = None
@@ -136,14 +121,7 @@ class TubeViT(nn.Module):
     def _encode(self, tokens: Tensor, groups: Groups, noise: Noise, layers: Iterable[int]) -> Tensor:
         """Run some of the blocks."""
         for layer in layers:
-            block = self.blocks[layer]
-            if self.activation_checkpointing and torch.is_grad_enabled():
-                # The noise is an argument and nothing draws from a generator: there is no state to preserve.
-                tokens = checkpoint(
-                    block, tokens, groups, *noise.of(layer), use_reentrant=False, preserve_rng_state=False
-                )
-            else:
-                tokens = block(tokens, groups, *noise.of(layer))
+            tokens = self._run(self.blocks[layer], tokens, groups, *noise.of(layer))
         return tokens
 
     def _noise(
@@ -163,36 +141,11 @@ class TubeViT(nn.Module):
 
     def _classify(self, tokens: Tensor, groups: Groups, names: Sequence[str]) -> dict[str, Tensor]:
         """From the tokens that leave the encoder to the logits of each source."""
-        pooled = self.pool(self.norm(tokens), groups).split([samples for samples, _ in groups])
-        return {name: self.heads[name](part) for name, part in zip(names, pooled, strict=True)}
-
-    def telemetry(self) -> dict[str, float]:
-        """What a logging point shows of the model besides its losses."""
-        return {}
-
-    def no_weight_decay(self) -> set[str]:
-        """Names of parameters that weight decay should leave alone: vectors, positions, the pooling query."""
-        names = set()
-        for name, parameter in self.named_parameters():
-            shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 flattens what it partitions
-            if len(shape) <= 1 or name == "pool.query" or name.startswith("tokenizer.positions."):
-                names.add(name)
-        return names
-
-    def _sources(self, pixels: Mapping[str, Tensor]) -> list[str]:
-        """The sources of this micro-batch in the model's own order, the same on every rank."""
-        unknown = [name for name in pixels if name not in self.inputs]
-        if unknown or not pixels:
-            wrong = f"unknown source {', '.join(unknown)}" if unknown else "no source at all"
-            raise ModelError(f"{wrong} in the input; this model was built for {', '.join(self.inputs)}")
-        return [name for name in self.inputs if name in pixels]
+        pooled = self.pool(self.norm(tokens), groups)
+        return self.classify(pooled, [samples for samples, _ in groups], names)
 
     def _group(self, name: str, pixels: Tensor) -> tuple[int, int]:
-        if pixels.ndim != 5 or pixels.shape[1] != CHANNELS:
-            raise ModelError(
-                f"source {name}: pixels must be (batch, {CHANNELS}, frames, height, width), "
-                f"not {tuple(pixels.shape)}"
-            )
+        self._check_shape(name, pixels)
         samples, _, frames, height, width = pixels.shape
         return samples, _count_tokens(name, (frames, height, width), self.tokenizer.grids)
 

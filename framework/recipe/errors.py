@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
-from typing import Any, get_args, get_origin
+from typing import Any, Union, get_args, get_origin
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Tag, ValidationError
 
 from framework.recipe.document import Node, Origin, Problem, emit_flow, plain
 from framework.recipe.schema import BrokenRule
@@ -33,7 +33,7 @@ def translate(error: ValidationError, root: Node, schema: type[BaseModel]) -> li
     """One problem per finding of pydantic, placed where the value was written."""
     problems: dict[Problem, None] = {}
     for finding in error.errors(include_url=False):
-        location = finding["loc"]
+        location = _with_tags(schema, finding["loc"])
         broken = finding.get("ctx", {}).get("error")
         if isinstance(broken, BrokenRule):
             location = (*location, *broken.path)
@@ -52,8 +52,35 @@ def translate(error: ValidationError, root: Node, schema: type[BaseModel]) -> li
         else:
             origin, value = _find(root, location)
             text = _sentence(finding, schema, location, value)
-        problems[Problem(origin, ".".join(map(str, location)), text)] = None
+        problems[Problem(origin, _dotted(location), text)] = None
     return list(problems)
+
+
+class _Tag(str):
+    """The part of a location that says which section of several it is; nobody wrote it as a key."""
+
+
+def _with_tags(schema: type[BaseModel], location: Location) -> Location:
+    """Mark the tags that pydantic puts behind the key of a tagged union."""
+    marked: Location = ()
+    for key in location:
+        marked = (*marked, _Tag(key) if key in _tagged(_bare(_annotation(schema, marked))) else key)
+    return marked
+
+
+def _tagged(annotation: Any) -> dict[Any, Any]:
+    """The sections of a tagged union by their tags; empty for anything else."""
+    members = get_args(annotation) if get_origin(annotation) is Union else ()
+    return {
+        part.tag: member
+        for member in members
+        for part in getattr(member, "__metadata__", ())
+        if isinstance(part, Tag)
+    }
+
+
+def _dotted(location: Location) -> str:
+    return ".".join(str(key) for key in location if not isinstance(key, _Tag))
 
 
 def _sentence(finding: Any, schema: type[BaseModel], location: Location, value: Any) -> str:
@@ -93,7 +120,7 @@ def _unknown_key(schema: type[BaseModel], location: Location) -> str:
     *parent, key = location
     section = _bare(_annotation(schema, tuple(parent)))
     legal = list(section.model_fields) if _is_model(section) else []
-    where = f"`{'.'.join(map(str, parent))}`" if parent else "a recipe"
+    where = f"`{_dotted(tuple(parent))}`" if parent else "a recipe"
     guess = _did_you_mean(str(key), legal) or "."
     return f"unknown key{guess} Keys of {where}: {', '.join(legal)}"
 
@@ -107,6 +134,8 @@ def _find(root: Node, location: Location) -> tuple[Origin, Any]:
     """Origin and value of the deepest node on the way to `location`."""
     node = root
     for key in location:
+        if isinstance(key, _Tag):
+            continue
         if isinstance(node.value, dict) and str(key) in node.value:
             node = node.value[str(key)]
         elif isinstance(node.value, list) and isinstance(key, int) and key < len(node.value):
@@ -144,7 +173,9 @@ def _annotation(schema: type[BaseModel], location: Location) -> Any:
     wanted: Any = schema
     for key in location:
         bare = _bare(wanted)
-        if _is_model(bare):
+        if isinstance(key, _Tag):
+            wanted = _tagged(bare)[key]
+        elif _is_model(bare):
             field = bare.model_fields.get(str(key))
             if field is None:
                 return Any

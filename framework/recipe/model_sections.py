@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Union
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from framework.recipe.sections import (
     BrokenRule,
@@ -15,8 +16,9 @@ from framework.recipe.sections import (
     Triple,
     Width,
 )
+from framework.recipe.video_model_sections import MTV, TimeSformer, VideoMAE, ViT, ViViT
 
-__all__ = ["Model", "Pool", "Position", "ScaleUp", "Tube", "TubeSet"]
+__all__ = ["AnyModel", "Model", "ModelSection", "Pool", "Position", "ScaleUp", "Tube", "TubeSet", "family_of"]
 
 Position = Literal["fixed", "fixed_no_stride", "learned", "none", "printed"]
 Pool = Literal["attention", "scalar", "map", "mean", "class_token"]
@@ -61,7 +63,7 @@ class ScaleUp(Section):
 
 
 class Model(Section):
-    """What is built. `name` fixes the size; the optional fields override single numbers of it."""
+    """TubeViT. `name` fixes the size; the optional fields override single numbers of it."""
 
     name: str = "tubevit_b"
     width: Width | None = None
@@ -97,3 +99,40 @@ class Model(Section):
         if self.interpolate_2d and self.kernels != "interpolated":
             raise BrokenRule("needs `kernels: interpolated`", "interpolate_2d")
         return self
+
+
+SECTIONS = {
+    "tubevit": Model,
+    "vit": ViT,
+    "vivit": ViViT,
+    "timesformer": TimeSformer,
+    "videomae": VideoMAE,
+    "mtv": MTV,
+}
+
+
+def family_of(model: Any) -> str:
+    """The family of a `model` section, by its name; what is unknown counts as a TubeViT.
+
+    So an unknown name is not a wrong section: the registry knows all names, and which one is near.
+    """
+    name = model.get("name") if isinstance(model, Mapping) else getattr(model, "name", None)
+    family = str(name).partition("_")[0]
+    return family if family in SECTIONS else "tubevit"
+
+
+AnyModel = Union[Model, ViT, ViViT, TimeSformer, VideoMAE, MTV]  # noqa: UP007 - evaluated on Python 3.10
+"""The section of any family."""
+
+ModelSection = Annotated[
+    Union[  # noqa: UP007
+        Annotated[Model, Tag("tubevit")],
+        Annotated[ViT, Tag("vit")],
+        Annotated[ViViT, Tag("vivit")],
+        Annotated[TimeSformer, Tag("timesformer")],
+        Annotated[VideoMAE, Tag("videomae")],
+        Annotated[MTV, Tag("mtv")],
+    ],
+    Discriminator(family_of),
+]
+"""What `model` may be: the section of the family that its name begins with."""

@@ -14,7 +14,16 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from framework.recipe.guard_sections import Guards
-from framework.recipe.model_sections import Model, Pool, Position, ScaleUp, Tube, TubeSet
+from framework.recipe.model_sections import (
+    AnyModel,
+    Model,
+    ModelSection,
+    Pool,
+    Position,
+    ScaleUp,
+    Tube,
+    TubeSet,
+)
 from framework.recipe.sections import (
     BrokenRule,
     Decay,
@@ -26,8 +35,11 @@ from framework.recipe.sections import (
     Section,
 )
 from framework.recipe.target_sections import Labelled
+from framework.recipe.video_model_sections import MTV, Gelu, Masking, TimeSformer, VideoMAE, ViT, ViViT
 
 __all__ = [
+    "MTV",
+    "AnyModel",
     "Augment",
     "BrokenRule",
     "Checkpoint",
@@ -35,8 +47,10 @@ __all__ = [
     "Data",
     "Engine",
     "Evaluation",
+    "Gelu",
     "Guards",
     "Init",
+    "Masking",
     "Model",
     "Optimizer",
     "Pool",
@@ -46,10 +60,14 @@ __all__ = [
     "ScaleUp",
     "Schedule",
     "Source",
+    "TimeSformer",
     "Tracking",
     "Train",
     "Tube",
     "TubeSet",
+    "ViT",
+    "ViViT",
+    "VideoMAE",
 ]
 
 
@@ -282,7 +300,7 @@ class Recipe(Section):
     published: dict[str, str] = Field(default_factory=dict)
     """The result that the run should give, and where it was published."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    model: Model
+    model: ModelSection
     init: Init | None = None
     data: Data
     optimizer: Optimizer

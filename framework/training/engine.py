@@ -71,8 +71,10 @@ def unsharded_norm(engine: Any) -> torch.Tensor | None:
 
 def compile_blocks(model: nn.Module) -> None:
     """Have every encoder block compiled at its first call, as one graph; blocks of one shape share it."""
-    for block in model.blocks:  # type: ignore[union-attr]
-        block.compile(fullgraph=True, dynamic=False)
+    for name, lists in model.named_modules():
+        if name.rpartition(".")[2].endswith("blocks"):
+            for block in lists.children():
+                block.compile(fullgraph=True, dynamic=False)
 
 
 def start_engine(model: nn.Module, recipe: Recipe, world: World) -> Any:

@@ -19,7 +19,7 @@ from framework.models.scaleup import image_tube
 from framework.models.tubes import name_tube
 from framework.models.tubevit import Size
 from framework.recipe import load_recipe
-from framework.recipe.schema import Init, Model, Recipe
+from framework.recipe.schema import AnyModel, Init, Model, Recipe
 from framework.training.checkpoint import CheckpointReader, newest_valid, verify
 from framework.training.checkpoint_manifest import MANIFEST
 from framework.training.distributed import Peers
@@ -41,7 +41,7 @@ class Origin:
 
     role: str
     checkpoint: Path
-    model: Model
+    model: AnyModel
 
     @property
     def name(self) -> str:
@@ -190,7 +190,7 @@ def _take(
         )
 
 
-def _rules(model: Model, origin: Origin) -> Callable[[str], str | None]:
+def _rules(model: AnyModel, origin: Origin) -> Callable[[str], str | None]:
     """The names that an origin's tensors have in the model, None for what is not wanted.
 
     Errors:
@@ -199,13 +199,15 @@ def _rules(model: Model, origin: Origin) -> Callable[[str], str | None]:
     if origin.role == "weights":
         _check_same_model(model, origin)
         return lambda name: name
+    if not isinstance(model, Model) or not isinstance(origin.model, Model):
+        raise RecipeError(f"{origin.name}: a scale-up is made of TubeViTs, and {origin.model.name} is none")
     if origin.role == "tubes":
-        numbers = _matching_tubes(model, origin)
+        numbers = _matching_tubes(model, origin.model, origin)
         return lambda name: _renumber(name, numbers) if name.startswith(TUBES) else None
     if origin.model.scale_up is not None:
         raise RecipeError(f"{origin.name} is a scale-up itself, which has a gate; name a run on images")
     _check_same_model(model, origin, "scale_up", "tubes", "tube_set", "kernels", "interpolate_2d")
-    numbers = _image_tubes(model, origin)
+    numbers = _image_tubes(model, origin.model, origin)
     return lambda name: name if not name.startswith("tokenizer.") else _renumber(name, numbers)
 
 
@@ -216,19 +218,19 @@ def _renumber(name: str, numbers: Mapping[int, int]) -> str | None:
     return f"{TUBES}{numbers[int(number)]}.{rest}" if int(number) in numbers else None
 
 
-def _matching_tubes(model: Model, origin: Origin) -> dict[int, int]:
+def _matching_tubes(model: Model, small: Model, origin: Origin) -> dict[int, int]:
     """Numbers of the small model's tubes for videos, and of the same tubes in the large model."""
     assert model.scale_up is not None
-    width = size_of(origin.model).width
-    if origin.model.kernels != "independent" or origin.model.scale_up is not None:
-        kind = "interpolated kernels" if origin.model.scale_up is None else "bridged tubes (it is a scale-up)"
+    width = size_of(small).width
+    if small.kernels != "independent" or small.scale_up is not None:
+        kind = "interpolated kernels" if small.scale_up is None else "bridged tubes (it is a scale-up)"
         raise RecipeError(f"{origin.name} has {kind}; take a TubeViT with a kernel for each tube")
     if width != model.scale_up.tube_width:
         raise RecipeError(
             f"{origin.name} has tubes of width {width}, and model.scale_up.tube_width is "
             f"{model.scale_up.tube_width}"
         )
-    theirs, ours = tubes_of(origin.model), tubes_of(model)
+    theirs, ours = tubes_of(small), tubes_of(model)
     skipped = image_tube(theirs)
     places = {tube: number for number, tube in enumerate(theirs) if number != skipped}
     wanted = [number for number in range(len(ours)) if number != image_tube(ours)]
@@ -242,19 +244,19 @@ def _matching_tubes(model: Model, origin: Origin) -> dict[int, int]:
     return {places[ours[number]]: number for number in wanted}
 
 
-def _image_tubes(model: Model, origin: Origin) -> dict[int, int]:
+def _image_tubes(model: Model, large: Model, origin: Origin) -> dict[int, int]:
     """The number of the 2D patches in the image model, and in the large one; nothing for videos alone."""
-    theirs, ours = image_tube(tubes_of(origin.model)), image_tube(tubes_of(model))
+    theirs, ours = image_tube(tubes_of(large)), image_tube(tubes_of(model))
     if ours is None:
         return {}
     if theirs is None:
         raise RecipeError(f"{origin.name} reads no images: none of its tubes has a temporal kernel of 1")
-    if origin.model.interpolate_2d:
+    if large.interpolate_2d:
         raise RecipeError(f"{origin.name} has no patches of its own, but an interpolated kernel")
     return {theirs: ours}
 
 
-def _check_same_model(model: Model, origin: Origin, *no_matter: str) -> None:
+def _check_same_model(model: AnyModel, origin: Origin, *no_matter: str) -> None:
     """Refuse another size; say what else differs, which need not show in the shapes of the weights."""
     ours, theirs = size_of(model), size_of(origin.model)
     if ours != theirs:
@@ -265,7 +267,7 @@ def _check_same_model(model: Model, origin: Origin, *no_matter: str) -> None:
     others = [
         key
         for key in after
-        if before[key] != after[key]
+        if before.get(key) != after[key]
         and key not in NO_MATTER.union(no_matter)
         and key not in {"name", "width", "depth", "heads", "mlp_width"}
     ]

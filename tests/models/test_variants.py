@@ -38,7 +38,7 @@ def build(name: str, variant: dict[str, object]) -> torch.nn.Module:
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=name_of)
-@pytest.mark.parametrize("name", model_names())
+@pytest.mark.parametrize("name", model_names("tubevit"))
 def test_every_size_in_every_variant(name: str, variant: dict[str, object], tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = build(name, variant)

@@ -1,0 +1,141 @@
+"""From the `model` sections of ViT, ViViT, TimeSformer, VideoMAE and MTV to models."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import nn
+
+from framework.errors import RecipeError
+from framework.models.inputs import InputSpec
+from framework.models.joint import Size
+from framework.models.mtv import MTV as MTVModel
+from framework.models.timesformer import Scheme
+from framework.models.timesformer import TimeSformer as TimeSformerModel
+from framework.models.videomae import VideoMAE as VideoMAEModel
+from framework.models.videomae import VideoMAEPretraining
+from framework.models.vivit import FactorisedAttention, FactorisedEncoder, SpaceTime
+from framework.recipe.schema import MTV, TimeSformer, Tube, VideoMAE, ViT, ViViT
+
+__all__ = ["AnyVideoModel", "build_video_model", "tube_of", "view_sizes"]
+
+AnyVideoModel = ViT | ViViT | TimeSformer | VideoMAE | MTV
+
+MTV_B = ((2, Size(768, 12, 12, 3072)), (4, Size(384, 12, 6, 1536)), (8, Size(192, 12, 3, 768)))
+"""B/2+S/4+Ti/8: frames of a tubelet, and the encoder (arXiv 2201.04288, §4.1)."""
+SCHEMES: dict[str, Scheme] = {"divided": "divided", "joint": "joint", "space": "space"}
+
+
+def build_video_model(model: AnyVideoModel, size: Size, inputs: Mapping[str, InputSpec]) -> nn.Module:
+    """Build the model of a section with random weights.
+
+    Errors:
+        RecipeError: numbers that do not go together.
+        ModelError: a source that is smaller than a tubelet; the message names it.
+    """
+    if isinstance(model, MTV):
+        return _build_mtv(model, inputs)
+    if isinstance(model, ViViT):
+        return _build_vivit(model, size, inputs)
+    tube, options = tube_of(model), {"gelu": model.gelu, "stochastic_depth": model.stochastic_depth}
+    if isinstance(model, ViT):
+        class_token = model.pool == "class_token"
+        return SpaceTime(size, tube, inputs, class_token=class_token, **options)  # type: ignore[arg-type]
+    if isinstance(model, TimeSformer):
+        scheme = SCHEMES[model.name.rpartition("_")[2]]
+        return TimeSformerModel(size, tube, inputs, scheme=scheme, **options)  # type: ignore[arg-type]
+    if model.pretrain is None:
+        return VideoMAEModel(size, tube, inputs, **options)  # type: ignore[arg-type]
+    return VideoMAEPretraining(size, tube, inputs, model.pretrain, **options)  # type: ignore[arg-type]
+
+
+def _build_vivit(model: ViViT, size: Size, inputs: Mapping[str, InputSpec]) -> nn.Module:
+    variant = model.name.rpartition("_")[2]
+    tube, class_token = tube_of(model), model.pool != "mean"
+    gelu, rate = model.gelu, model.stochastic_depth
+    if variant == "m1":
+        return SpaceTime(size, tube, inputs, class_token=class_token, gelu=gelu, stochastic_depth=rate)
+    if variant in ("m2", "avgpool"):
+        return FactorisedEncoder(
+            size,
+            tube,
+            inputs,
+            temporal_depth=model.temporal_depth if variant == "m2" else 0,
+            class_token=class_token,
+            gelu=gelu,
+            stochastic_depth=rate,
+        )
+    if variant == "m4" and size.heads % 2:
+        raise RecipeError(
+            f"{model.name} has {size.heads} heads, and model 4 needs an even number: half of them attend "
+            "along time. Say `model.heads`"
+        )
+    return FactorisedAttention(
+        size,
+        tube,
+        inputs,
+        split=variant == "m4",
+        time_first=model.order == "time_space",
+        gelu=gelu,
+        stochastic_depth=rate,
+    )
+
+
+def _build_mtv(model: MTV, inputs: Mapping[str, InputSpec]) -> nn.Module:
+    sizes = view_sizes(model)
+    width = sum(size.width for size in sizes)
+    if width % model.global_heads:
+        raise RecipeError(
+            f"model.global_heads {model.global_heads} do not divide {width}, the width of all views together"
+        )
+    return MTVModel(
+        sizes,
+        [_patch(frames, model.patch) for frames in _view_frames(model)],
+        inputs,
+        fusion_layers=model.fusion_layers,
+        global_size=Size(width, model.global_depth, model.global_heads, model.global_mlp_width),
+        gelu=model.gelu,
+        stochastic_depth=model.stochastic_depth,
+    )
+
+
+def tube_of(model: AnyVideoModel) -> Tube:
+    """The tubelet or patch of a model.
+
+    Errors:
+        RecipeError: a model with several.
+    """
+    if isinstance(model, MTV):
+        raise RecipeError("MTV has tubelets of several lengths, each with a tokenizer of its own")
+    if isinstance(model, TimeSformer):
+        return _patch(1, model.patch)
+    if isinstance(model, ViT):
+        return _patch(1, model.patch or (14 if model.name.startswith("vit_h") else 16))
+    if isinstance(model, ViViT) and model.embedding == "frames":
+        time, height, width = model.tubelet
+        return Tube(kernel=(1, height, width), stride=(time, height, width), offset=(time // 2, 0, 0))
+    return Tube(kernel=model.tubelet, stride=model.tubelet)
+
+
+def _patch(frames: int, pixels: int) -> Tube:
+    return Tube(kernel=(frames, pixels, pixels), stride=(frames, pixels, pixels))
+
+
+def view_sizes(model: MTV) -> list[Size]:
+    """The encoder of each view, from the shortest tubelets to the longest.
+
+    Errors:
+        RecipeError: a width that the heads do not divide.
+    """
+    if model.views is None:
+        return [size for _, size in MTV_B]
+    for number, view in enumerate(model.views):
+        if view.width % view.heads:
+            raise RecipeError(
+                f"model.views.{number}: width {view.width} cannot be cut into {view.heads} heads"
+            )
+    return [Size(view.width, view.depth, view.heads, view.mlp_width) for view in model.views]
+
+
+def _view_frames(model: MTV) -> list[int]:
+    return [frames for frames, _ in MTV_B] if model.views is None else [view.frames for view in model.views]
