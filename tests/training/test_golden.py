@@ -41,7 +41,7 @@ def one_step(recipe: Recipe, model: Any, step: int) -> tuple[float, dict[str, to
 
 @pytest.mark.parametrize("step", [0, 1, 2])
 def test_a_bf16_step_is_near_the_fp32_one(recipe: Recipe, step: int) -> None:
-    """On the same weights (rounded to bf16) and data: the loss to 0.2 %, all gradients together to 1.5 %."""
+    """On the same weights and data: the loss to 0.2 %, all gradients together to 1.5 %, each to 10 %."""
     torch.manual_seed(step)
     low = build_model(recipe.model, inputs_of(recipe)).bfloat16()
     high = copy.deepcopy(low).float()
@@ -52,4 +52,4 @@ def test_a_bf16_step_is_near_the_fp32_one(recipe: Recipe, step: int) -> None:
     assert (error / norm) ** 0.5 < 0.015
     for name, value in reference.items():
         if value.norm() > 0.01 * norm**0.5:  # what is smaller is noise in both
-            assert (gradients[name] - value).norm() / value.norm() < 0.05, name
+            assert (gradients[name] - value).norm() / value.norm() < 0.1, name
