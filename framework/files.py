@@ -1,20 +1,76 @@
 """Files that survive: written beside their place, synced to the disk, renamed into it, and hashed.
 
-What goes wrong comes as the system's own `OSError`; the callers know what to tell the user.
+What a run leaves behind goes through `disk`, so that a test can stand another one in its place that is full,
+broken, slow or that kills the process, and see whether anything is lost. What goes wrong comes as the
+system's own `OSError`; the callers know what to tell the user.
 """
 
 from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
-__all__ = ["hash_file", "replace_file", "replace_text", "sync_folder"]
+__all__ = [
+    "Disk",
+    "append_line",
+    "hash_file",
+    "replace_file",
+    "replace_text",
+    "sync_file",
+    "sync_folder",
+    "write_all",
+]
 
 _BLOCK = 1 << 22
+
+
+class Disk:
+    """What is asked of the file system where it matters that nothing is lost."""
+
+    def create(self, path: Path) -> int:
+        """Open a new, empty file; returns its descriptor."""
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+
+    def extend(self, path: Path) -> int:
+        """Open a file to write behind its end; returns its descriptor."""
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+
+    def write(self, descriptor: int, content: Any) -> int:
+        """Write bytes, maybe only some of them; returns how many."""
+        return os.write(descriptor, content)
+
+    def sync(self, descriptor: int) -> None:
+        """Wait until the disk has what was written."""
+        os.fsync(descriptor)
+
+    def rename(self, source: Path, target: Path) -> None:
+        """Give a file or folder another name; a file takes the place of one that has that name."""
+        source.replace(target)
+
+    def make_folder(self, path: Path) -> None:
+        """Make a folder and those above it, if they are not there."""
+        path.mkdir(parents=True, exist_ok=True)
+
+    def remove_tree(self, path: Path) -> None:
+        """Remove a folder as far as it can be removed."""
+        shutil.rmtree(path, ignore_errors=True)
+
+
+disk = Disk()
+"""Looked up at every call: a test may replace it."""
+
+
+class _File(io.FileIO):
+    """A file for whoever wants a file object; what is written goes through `disk`."""
+
+    def write(self, content: Any, /) -> int:
+        return disk.write(self.fileno(), content)
 
 
 def hash_file(path: Path) -> str:
@@ -26,6 +82,29 @@ def hash_file(path: Path) -> str:
     return digest.hexdigest()
 
 
+def write_all(descriptor: int, content: Any) -> None:
+    """Write all of some bytes, in as many turns as the system takes."""
+    rest = memoryview(content)
+    while rest:
+        written = disk.write(descriptor, rest)
+        if written == 0:
+            raise OSError(errno.EIO, "the system takes no more bytes")
+        rest = rest[written:]
+
+
+def append_line(path: Path, line: str) -> None:
+    """Add a line (UTF-8) to a file with one write; a part of it, on a disk that fills up, is taken back."""
+    content = line.encode("utf-8") + b"\n"
+    descriptor = disk.extend(path)
+    try:
+        size = os.fstat(descriptor).st_size
+        if disk.write(descriptor, content) != len(content):
+            os.ftruncate(descriptor, size)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    finally:
+        os.close(descriptor)
+
+
 def replace_file(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     """Let `write` fill a temporary file beside `path`, make it durable, and only then give it the name.
 
@@ -33,11 +112,11 @@ def replace_file(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
-        with temporary.open("wb") as file:
+        with io.BufferedWriter(_File(temporary, "wb"), _BLOCK) as file:
             write(file)
             file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+            disk.sync(file.fileno())
+        disk.rename(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -49,11 +128,20 @@ def replace_text(path: Path, text: str) -> None:
     replace_file(path, lambda file: file.write(text.encode("utf-8")))
 
 
+def sync_file(path: Path) -> None:
+    """Make durable what was written to a file."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        disk.sync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def sync_folder(folder: Path) -> None:
     """Make renames and new names inside a folder durable."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        os.fsync(descriptor)
+        disk.sync(descriptor)
     except OSError as error:
         # Some network file systems do not sync folders, and there is nothing else that we could do there.
         if error.errno not in (errno.EINVAL, errno.ENOTSUP):

@@ -21,6 +21,7 @@ from data_tools.cli import app as data_app
 from framework import __version__
 from framework.errors import TubeworksError
 from framework.world import World
+from launch.checkpoint_cli import checkpoint_app
 
 __all__ = ["app", "main"]
 
@@ -71,7 +72,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 recipe_app = typer.Typer(no_args_is_help=True, help="Look at recipes.")
-checkpoint_app = typer.Typer(no_args_is_help=True, help="List, verify and prune the checkpoints of a run.")
 app.add_typer(data_app, name="data")
 app.add_typer(recipe_app, name="recipe")
 app.add_typer(checkpoint_app, name="ckpt")
@@ -264,40 +264,6 @@ def recipe_list(as_json: AsJson = False) -> None:
     width = max(map(len, found), default=0)
     for name, description in found.items():
         typer.echo(f"{name:<{width}}  {description}".rstrip())
-
-
-@checkpoint_app.command("list")
-def checkpoint_list(run: Run, as_json: AsJson = False) -> None:
-    """List the checkpoints of a run, oldest first."""
-    from launch.checkpoints import list_checkpoints
-
-    list_checkpoints(run, as_json)
-
-
-@checkpoint_app.command("verify")
-def checkpoint_verify(run: Run, as_json: AsJson = False) -> None:
-    """Compare every byte of the checkpoints with their manifests."""
-    from launch.checkpoints import verify_checkpoints
-
-    verify_checkpoints(run, as_json)
-
-
-@checkpoint_app.command("prune")
-def checkpoint_prune(
-    run: Run,
-    keep: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option(min=1, help="The newest so many stay; by default what the recipe says."),
-    ] = None,
-    keep_every: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option(min=0, help="Multiples of this step stay too; by default what the recipe says."),
-    ] = None,
-) -> None:
-    """Remove old checkpoints."""
-    from launch.checkpoints import prune_checkpoints
-
-    prune_checkpoints(run, keep, keep_every)
 
 
 def main() -> None:

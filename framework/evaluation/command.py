@@ -29,8 +29,8 @@ from framework.recipe.schema import Evaluation, Recipe
 from framework.tracking.journal import Journal, last_attempt
 from framework.tracking.mirror import sync_run
 from framework.training.checkpoint import load_weights, newest_valid, read_manifest
+from framework.training.checkpoint_manifest import AVERAGE
 from framework.training.distributed import Peers, choose_device
-from framework.training.state import AVERAGE
 from framework.world import World
 
 __all__ = ["evaluate_command", "evaluate_run", "parse_views"]

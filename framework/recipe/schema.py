@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from framework.recipe.checkpoint_section import Best, Checkpoint, check_best
 from framework.recipe.guard_sections import Guards
 from framework.recipe.model_sections import (
     AnyModel,
@@ -41,6 +42,7 @@ __all__ = [
     "MTV",
     "AnyModel",
     "Augment",
+    "Best",
     "BrokenRule",
     "Checkpoint",
     "Clip",
@@ -234,17 +236,6 @@ class Engine(Section):
         return self
 
 
-class Checkpoint(Section):
-    """When to save and what to keep."""
-
-    every: Positive = 1000
-    """Steps between checkpoints; the last step is always saved."""
-    keep: Positive = 3
-    """The newest so many stay."""
-    keep_every: NonNegative = 0
-    """Checkpoints at multiples of this step stay for ever; 0: none."""
-
-
 class Evaluation(Section):
     """Views of a held-out sample and how many samples go through the model at once."""
 
@@ -324,6 +315,11 @@ class Recipe(Section):
         if self.train.compile and self.engine.zero == 3:
             text = "does not go with engine.zero: 3, whose hooks inside every block break it into pieces"
             raise BrokenRule(text, "train", "compile")
+        return self
+
+    @model_validator(mode="after")
+    def _best_is_known(self) -> Recipe:
+        check_best(self.checkpoint, self.train.log_every, self.train.eval_every)
         return self
 
     @model_validator(mode="after")

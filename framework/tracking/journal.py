@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from framework import files
 from framework.errors import TubeworksError
 
 __all__ = ["Entry", "Journal", "complete_lines", "journal_path", "last_attempt", "parse_line", "read_journal"]
@@ -88,7 +89,7 @@ class Journal:
         if self._file < 0:
             return
         try:
-            os.fsync(self._file)
+            files.disk.sync(self._file)
         except OSError as error:
             raise _cannot_write(self.path, error) from error
         finally:
@@ -107,7 +108,7 @@ class Journal:
         try:
             with _locked(self._file):
                 size = os.fstat(self._file).st_size
-                written = os.write(self._file, text)
+                written = files.disk.write(self._file, text)
                 if written != len(text):  # a disk that fills up takes part of a line: leave whole lines only
                     os.ftruncate(self._file, size)
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -2,23 +2,53 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from framework.errors import CheckpointError
 from framework.files import hash_file
-from framework.training.storage import write_json
+from framework.training.storage import FileEntry, write_json
 
-__all__ = ["LaterVersion", "checkpoint_folders", "folder_of", "read_manifest", "verify", "write_manifest"]
+__all__ = [
+    "AVERAGE",
+    "FIXED",
+    "WEIGHT",
+    "LaterVersion",
+    "Unreachable",
+    "checkpoint_folders",
+    "file_name",
+    "folder_of",
+    "looks_whole",
+    "newest_valid",
+    "read_manifest",
+    "step_of",
+    "verify",
+    "write_manifest",
+]
 
 FORMAT = "tubeworks-checkpoint"
 VERSION = 1
 MANIFEST = "MANIFEST.json"
 DIGEST = "blake2b"
 """The manifest's own hash; those of the files stand beside their names."""
+
+
+FIXED = "fixed.safetensors"
+"""Frozen weights and buffers."""
+WEIGHT, AVERAGE = "weight", "average"
+"""What is kept of every trainable parameter, beside the optimizer's moments."""
+
+READERS = 4
+"""Files that are hashed at once."""
+
+
+class Unreachable(CheckpointError):
+    """A checkpoint whose files cannot be reached, which says nothing about them."""
 
 
 class LaterVersion(CheckpointError):
@@ -30,9 +60,20 @@ def folder_of(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step-{step:08d}"
 
 
+def file_name(kind: str, rank: int) -> str:
+    """The file of a rank's fragments of a kind."""
+    return f"{kind}-{rank:05d}.safetensors"
+
+
 def checkpoint_folders(run: Path) -> list[Path]:
     """The folders that were committed as checkpoints, oldest first; whether they still verify is open."""
-    return sorted((run / "checkpoints").glob("step-*"))
+    found = (run / "checkpoints").glob("step-*")
+    return sorted((path for path in found if path.name[5:].isdigit()), key=step_of)
+
+
+def step_of(folder: Path) -> int:
+    """The step in the name of a checkpoint's folder."""
+    return int(folder.name.removeprefix("step-"))
 
 
 def write_manifest(folder: Path, content: Mapping[str, Any]) -> None:
@@ -55,12 +96,15 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
     Errors:
         CheckpointError: there is none, or its bytes have changed.
+        Unreachable: it cannot be read at the moment.
         LaterVersion: a later version wrote it.
     """
     path = folder / MANIFEST
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and not isinstance(error, (FileNotFoundError, NotADirectoryError)):
+            _unreadable(path, error)
         raise CheckpointError(f"{folder} is not a checkpoint: cannot read {MANIFEST}: {error}") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise CheckpointError(f"{folder} is not a checkpoint: {MANIFEST} is of another kind")
@@ -81,20 +125,81 @@ def verify(folder: Path) -> list[str]:
 
     Errors:
         LaterVersion: a later version wrote it, so nothing can be said.
+        CheckpointError: its files cannot be reached at the moment, so nothing can be said.
     """
+    return _problems(folder, _wrong_with)
+
+
+def newest_valid(run: Path) -> Path:
+    """The newest checkpoint of a run that verifies; changes nothing.
+
+    Errors:
+        CheckpointError: there is none.
+    """
+    reasons = []
+    for folder in reversed(checkpoint_folders(run)):
+        problems = verify(folder)
+        if not problems:
+            return folder
+        reasons.append(f"{folder.name}: {'; '.join(problems)}")
+    detail = f" ({' | '.join(reasons)})" if reasons else ""
+    raise CheckpointError(
+        f"no valid checkpoint in {run / 'checkpoints'}{detail}. Train first, or name another run"
+    )
+
+
+def looks_whole(folder: Path) -> str | None:
+    """What is wrong with a checkpoint as far as its manifest and sizes tell; None: nothing.
+
+    Errors:
+        LaterVersion, CheckpointError: as `verify`.
+    """
+    return "; ".join(_problems(folder, _wrong_size)) or None
+
+
+def _problems(folder: Path, look: Callable[[Path, FileEntry], str | None]) -> list[str]:
     try:
         manifest = read_manifest(folder)
-    except LaterVersion:
+    except (LaterVersion, Unreachable):
         raise
     except CheckpointError as error:
         return [str(error)]
-    problems = []
-    for entry in manifest["files"]:
-        path = folder / entry["name"]
-        if not path.is_file():
-            problems.append(f"{entry['name']} is missing")
-        elif path.stat().st_size != entry["bytes"]:
-            problems.append(f"{entry['name']} has {path.stat().st_size} bytes instead of {entry['bytes']}")
-        elif hash_file(path) != entry["blake2b"]:
-            problems.append(f"{entry['name']} does not match its hash: its bytes have changed")
-    return problems
+    entries = manifest["files"]
+    with ThreadPoolExecutor(min(READERS, len(entries) or 1)) as pool:  # hashing does not hold the GIL
+        found = pool.map(lambda entry: look(folder / entry["name"], entry), entries)
+        return [problem for problem in found if problem]
+
+
+def _wrong_with(path: Path, entry: FileEntry) -> str | None:
+    problem = _wrong_size(path, entry)
+    if problem is None:
+        try:
+            if hash_file(path) != entry["blake2b"]:
+                problem = f"{path.name} does not match its hash: its bytes have changed"
+        except OSError as error:
+            problem = _unreadable(path, error)
+    return problem
+
+
+def _wrong_size(path: Path, entry: FileEntry) -> str | None:
+    try:
+        size = path.stat().st_size
+    except FileNotFoundError:
+        return f"{path.name} is missing"
+    except OSError as error:
+        return _unreadable(path, error)
+    return None if size == entry["bytes"] else f"{path.name} has {size} bytes instead of {entry['bytes']}"
+
+
+def _unreadable(path: Path, error: OSError) -> str:
+    """A file that the disk has lost is damage; one that nobody can reach at the moment is not.
+
+    Errors:
+        Unreachable: the latter.
+    """
+    if error.errno == errno.EIO:
+        return f"{path.name} cannot be read: {error}"
+    raise Unreachable(
+        f"cannot read {path}: {error}. The checkpoint may be whole: nothing was changed. See that the file "
+        "system is mounted and readable, then start the same command again"
+    ) from error

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -65,6 +66,16 @@ class CollapseGuard:
             seen.append((metrics[f"train/{name}/loss"], metrics[f"train/{name}/{blind.metric}"]))
             if len(seen) == self._points and self._collapsed(name, seen):
                 raise TrainingStopped(self._message(name, step, seen[-1][0], metrics["train/lr"]))
+
+    def state(self) -> dict[str, Any]:
+        """Loss and accuracy of the last logging points, by source."""
+        return {"seen": {name: list(seen) for name, seen in self._seen.items()}}
+
+    def restore(self, states: Sequence[Mapping[str, Any]], rank: int, ranks: int) -> None:
+        """Go on from what every rank has seen, which is the same."""
+        for name, points in states[0]["seen"].items():
+            if name in self._seen:
+                self._seen[name].extend((loss, hits) for loss, hits in points)
 
     def _message(self, name: str, step: int, loss: float, lr: float) -> str:
         blind = self._blind[name]
@@ -140,6 +151,22 @@ class DeadGuard:
         if self._steps and not self._handles and self._done >= LOOK_AGAIN:
             self._begin()
 
+    def state(self) -> dict[str, Any]:
+        """Steps since the look began or ended, and the tensors that this rank saw a gradient of."""
+        reached = [name for name, flag in self._flags.items() if bool(flag)]
+        return {"done": self._done, "watching": bool(self._handles), "reached": reached}
+
+    def restore(self, states: Sequence[Mapping[str, Any]], rank: int, ranks: int) -> None:
+        """Go on with the look, or with the pause after it."""
+        if not self._steps:
+            return
+        self._done = int(states[0]["done"])
+        if not states[0]["watching"]:
+            self._end()
+        device = next(iter(self._watched.values())).device if self._watched else None
+        for name in {name for state in states for name in state["reached"]} & self._watched.keys():
+            self._flags[name] = torch.tensor(True, device=device)
+
     def look(self, step: int, peers: Peers) -> None:
         """At a logging point: if enough steps were watched, all ranks together find what got no gradient.
 
@@ -148,12 +175,11 @@ class DeadGuard:
         """
         if not self._handles or self._done < self._steps:
             return
-        for handle in self._handles:
-            handle.remove()
         nothing = next(iter(self._flags.values()), torch.tensor(False)).new_zeros(())
         reached = peers.sum(torch.stack([self._flags.get(name, nothing) for name in self._watched]))
         dead = [name for name, count in zip(self._watched, reached.tolist(), strict=True) if count == 0]
-        watched, self._done, self._handles, self._flags = self._done, 0, [], {}
+        watched, self._done = self._done, 0
+        self._end()
         if dead:
             shown = ", ".join(dead[:8]) + (f" and {len(dead) - 8} more" if len(dead) > 8 else "")
             raise TrainingStopped(
@@ -162,6 +188,11 @@ class DeadGuard:
                 "of `model`, or add what they read to data.mixture. If that is right, `guards.dead: 0` turns "
                 "it off"
             )
+
+    def _end(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._flags = [], {}
 
     def _begin(self) -> None:
         self._done = 0

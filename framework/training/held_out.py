@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from framework.evaluation.run import AnyResult, evaluate
+from framework.training.agreement import agreed_signal
 from framework.training.session import Session
 
 __all__ = ["evaluate_held_out"]
@@ -30,7 +31,7 @@ def evaluate_held_out(session: Session) -> dict[str, AnyResult]:
     @torch.no_grad()
     def forward(pixels: dict[str, Tensor]) -> dict[str, Tensor]:
         session.heart.beat("evaluate")
-        if session.peers.highest([session.signals.received])[0]:
+        if agreed_signal(session):
             raise _Stopped
         return model(pixels)
 

@@ -21,9 +21,8 @@ from framework.models.tubevit import Size
 from framework.recipe import load_recipe
 from framework.recipe.schema import AnyModel, Init, Model, Recipe
 from framework.training.checkpoint import CheckpointReader, newest_valid, verify
-from framework.training.checkpoint_manifest import MANIFEST
+from framework.training.checkpoint_manifest import AVERAGE, MANIFEST, WEIGHT
 from framework.training.distributed import Peers
-from framework.training.state import AVERAGE, WEIGHT
 
 __all__ = ["Account", "Origin", "find_origins", "initialise", "load_initial"]
 

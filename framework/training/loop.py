@@ -6,7 +6,8 @@ import gc
 import logging
 import signal
 import time
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import torch
@@ -15,13 +16,15 @@ from framework.data.labels import class_shares
 from framework.data.loader import Batch, training_batches
 from framework.data.plan import Plan
 from framework.data.sources import OpenSource, build_plan, open_sources
-from framework.errors import CheckpointError, TrainingStopped
+from framework.errors import CheckpointError, TrainingStopped, TubeworksError
 from framework.forecast.memory_advice import memory_explained
 from framework.models.registry import build_model, inputs_of
 from framework.recipe import recipe_hash
 from framework.recipe.schema import Recipe
 from framework.tracking.mirror import Status
-from framework.training.checkpoint import CheckpointReader, choose_checkpoint, prune, save_checkpoint
+from framework.training.agreement import agreed_signal
+from framework.training.checkpoint import CheckpointReader, choose_checkpoint
+from framework.training.counters import Counters
 from framework.training.distributed import Peers, choose_device, start_process_group
 from framework.training.engine import start_engine, unsharded_norm
 from framework.training.feed import Feed, agreed_quarantine, begin_ledger, commit_ledger
@@ -32,7 +35,9 @@ from framework.training.memory import collected_by_hand, returned_memory
 from framework.training.meters import Meters
 from framework.training.optim import learning_rate
 from framework.training.recorder import ENDINGS, Recorder
+from framework.training.retention import prune
 from framework.training.run_folder import append_event, check_continuation, held_alone, open_run
+from framework.training.saver import Saver, tidy
 from framework.training.session import Session
 from framework.training.signals import SignalFlag
 from framework.training.state import TrainState
@@ -71,7 +76,7 @@ def train(recipe: Recipe, run: Path, world: World, signals: SignalFlag, heart: H
         status: Status = "FAILED"
         stopped_by = 0
         try:
-            with closing(session.batches), collected_by_hand():
+            with closing(session.batches), collected_by_hand(), settled(session.saver):
                 stopped_by = run_steps(session, recorder)
             heart.beat("finish")
             if not stopped_by:
@@ -96,6 +101,7 @@ def prepare(
     """Everything that can fail before the first step: data, plan, checkpoint, model, engine."""
     sources, held_out, plan = peers.together(lambda: open_data(recipe, peers.world))
     peers.on_main(lambda: check_continuation(run, recipe, plan.hash))
+    peers.on_main(lambda: tidy(run))
     checkpoint = choose_checkpoint(run, peers)
     reader = CheckpointReader(checkpoint) if checkpoint else None
     if reader and reader.manifest["plan"] != plan.hash:
@@ -124,7 +130,8 @@ def prepare(
         state = TrainState(engine, recipe.train.ema_decay)
         if reader:
             state.restore(reader.read, reader.kinds, reader.manifest["optimizer_steps"])
-    skipped = reader.manifest["skipped_steps"] if reader else 0
+    keep = recipe.checkpoint
+    saver = Saver(run, peers, keep.mode, prune=lambda: prune(run, keep))
     return Session(
         recipe,
         run,
@@ -139,10 +146,12 @@ def prepare(
         heart,
         engine,
         state,
+        saver,
         start,
         start,
-        skipped,
-        origin,
+        counted=reader.manifest.get("counters", ()) if reader else (),
+        skipped=reader.manifest["skipped_steps"] if reader else 0,
+        origin=origin,
     )
 
 
@@ -177,6 +186,8 @@ def run_steps(session: Session, recorder: Recorder) -> int:
     feed = Feed(session)
     collapse = CollapseGuard(recipe, shares_of_classes(session))
     dead = DeadGuard(session.engine.module, recipe)
+    counters = Counters(meters=meters, collapse=collapse, dead=dead)
+    counters.restore(session.counted, peers.world.rank, peers.world.size)
     for step in range(session.start, steps):
         session.heart.beat("data", step)
         began = time.perf_counter()
@@ -203,14 +214,17 @@ def run_steps(session: Session, recorder: Recorder) -> int:
         paused = time.perf_counter()
         if stop:
             recorder.stopping(stop)
-        saved = done % recipe.checkpoint.every == 0 or done == steps or bool(stop)
-        if saved:
-            save(session, done, recorder)
+        last = done == steps or bool(stop)
+        if last or done % recipe.checkpoint.every == 0:
+            save(session, done, counters, wait=last)
         if recipe.train.eval_every and done % recipe.train.eval_every == 0 and done < steps and not stop:
             recorder.evaluated(done, evaluate_held_out(session))
             stop = agreed_signal(session)
-            if stop and not saved:
-                save(session, done, recorder)
+            if stop and done % recipe.checkpoint.every:
+                save(session, done, counters, wait=True)
+        if stop:
+            session.saver.finish()
+        recorder.saved(session.saver.take_news())
         meters.leave_out(time.perf_counter() - paused)
         if stop:
             return stop
@@ -246,11 +260,6 @@ def take_step(
     return lr, norm
 
 
-def agreed_signal(session: Session) -> int:
-    """The signal that asked any rank to stop, on every rank; 0 while there is none."""
-    return session.peers.highest([session.signals.received])[0]
-
-
 def finish_step(session: Session, step: int) -> None:
     """Follow up on the optimizer: DeepSpeed skips a step with NaN or Inf gradients without a word."""
     if session.engine.was_step_applied():
@@ -280,19 +289,14 @@ def stop_if_not_finite(metrics: dict[str, float], step: int) -> None:
         raise TrainingStopped(f"the loss at step {step} is {loss}: {LOWER_THE_RATE}")
 
 
-def save(session: Session, step: int, recorder: Recorder) -> None:
-    """Commit a checkpoint and let go of those that retention does not keep.
+def save(session: Session, step: int, counters: Counters, wait: bool) -> None:
+    """Save the state after a step; with `wait` the checkpoint is committed when this returns.
 
     Errors:
         TrainingStopped: there is a NaN or Inf in what would be saved; nothing would come of going on from it.
         CheckpointError: a rank could not write.
     """
     session.heart.beat("save")
-    began = time.perf_counter()
-    if session.peers.highest([not session.state.is_finite()])[0]:
-        raise TrainingStopped(
-            f"weights or moments are not finite after step {step}, so they are not saved: {LOWER_THE_RATE}"
-        )
     facts = {
         "recipe": recipe_hash(session.recipe),
         "plan": session.plan.hash,
@@ -302,7 +306,18 @@ def save(session: Session, step: int, recorder: Recorder) -> None:
         "quarantine": session.loader.quarantine.digest(step),
     }
     commit_ledger(session, step)
-    folder = save_checkpoint(session.run, step, session.engine.module, session.state, session.peers, facts)
-    settings = session.recipe.checkpoint
-    session.peers.on_main(lambda: prune(session.run, settings.keep, settings.keep_every) and None)
-    recorder.saved(step, folder, time.perf_counter() - began)
+    model, state = session.engine.module, session.state
+    session.saver.start(step, model, state, facts, counters=counters.state(), wait=wait)
+
+
+@contextmanager
+def settled(saver: Saver) -> Iterator[None]:
+    """Leave no checkpoint half written behind, whatever ends the steps."""
+    try:
+        yield
+    except TubeworksError:  # which all ranks raise together
+        saver.close(together=True)
+        raise
+    except BaseException:
+        saver.close(together=False)
+        raise

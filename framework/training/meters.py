@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,6 +53,24 @@ class Meters:
     def leave_out(self, seconds: float) -> None:
         """Time that saving and evaluating took is no time of the steps."""
         self._begin += seconds
+
+    def state(self) -> dict[str, Any]:
+        """The sums of the interval so far, on this rank; times are left out."""
+        return {
+            "steps": self._steps,
+            "sums": {name: sums.tolist() for name, sums in self._sums.items()},
+        }
+
+    def restore(self, states: Sequence[Mapping[str, Any]], rank: int, ranks: int) -> None:
+        """Go on with an interval; sums of another number of ranks are all put on rank 0."""
+        if len(states) == ranks:
+            states = [states[rank]]
+        elif rank > 0:
+            states = []
+        for state in states:
+            self._steps = int(state["steps"])
+            for name, sums in self._sums.items():
+                sums += torch.tensor(state["sums"][name], dtype=torch.float64).to(self._device)
 
     def collect(self, peers: Peers, weights: Mapping[str, float]) -> dict[str, float]:
         """The metrics of the interval over all ranks; times are this rank's own."""

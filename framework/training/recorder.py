@@ -6,7 +6,7 @@ import logging
 import signal
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from functools import partial
 
 from framework.data.loader import Batch
 from framework.errors import TubeworksError
@@ -20,6 +20,7 @@ from framework.tracking.system import SystemSampler
 from framework.training.checkpoint_manifest import folder_of
 from framework.training.console import LiveLine, format_seconds
 from framework.training.run_folder import append_event
+from framework.training.saver import Saved
 from framework.training.session import Session
 
 __all__ = ["ENDINGS", "Recorder"]
@@ -65,11 +66,20 @@ class Recorder:
         """A signal asked to stop."""
         self._line.say(f"{signal.Signals(number).name}: saving, then stopping")
 
-    def saved(self, step: int, folder: Path, seconds: float) -> None:
-        """A checkpoint was committed."""
-        self._write(step, {"checkpoint/save_s": seconds})
-        facts = {"folder": folder.name, "seconds": round(seconds, 3)}
-        self._session.peers.on_main(lambda: append_event(self._session.run, "checkpoint", step, **facts))
+    def saved(self, checkpoints: Sequence[Saved]) -> None:
+        """Checkpoints were committed."""
+        for one in checkpoints:
+            times = {"checkpoint/save_s": one.seconds, "checkpoint/stall_s": one.stall}
+            self._write(one.step, {**times, "checkpoint/gb": one.bytes / 1e9})
+            facts = {
+                "folder": one.folder.name,
+                "seconds": round(one.seconds, 3),
+                "stall": round(one.stall, 3),
+                "bytes": one.bytes,
+            }
+            self._session.peers.on_main(
+                partial(append_event, self._session.run, "checkpoint", one.step, **facts)
+            )
 
     def evaluated(self, step: int, results: Mapping[str, AnyResult]) -> None:
         """The held-out samples were evaluated."""

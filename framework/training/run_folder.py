@@ -25,7 +25,7 @@ from framework.recipe.schema import Recipe
 from framework.tracking.lock import RunLock
 from framework.training.checkpoint_manifest import checkpoint_folders
 from framework.training.distributed import Peers
-from framework.training.storage import explain_os_error, write_json, write_text
+from framework.training.storage import append_json, explain_os_error, write_json, write_text
 from framework.watch.attempts import close_unknown
 from framework.world import World
 
@@ -206,11 +206,7 @@ def append_event(run: Path, kind: str, step: int, **facts: Any) -> None:
     Errors:
         CheckpointError: the file cannot be written.
     """
-    path = run / "events.jsonl"
-    with explain_os_error(path), path.open("a", encoding="utf-8") as file:
-        file.write(
-            json.dumps({"kind": kind, "step": step, "time": time.time(), **facts}, ensure_ascii=False) + "\n"
-        )
+    append_json(run / "events.jsonl", {"kind": kind, "step": step, "time": time.time(), **facts})
 
 
 def _may_change(key: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from framework.data.plan import Plan
 from framework.data.sources import OpenSource
 from framework.recipe.schema import Recipe
 from framework.training.distributed import Peers
+from framework.training.saver import Saver
 from framework.training.signals import SignalFlag
 from framework.training.state import TrainState
 from framework.training.transfer import Closable
@@ -44,10 +46,13 @@ class Session:
     engine: Any
     """DeepSpeed's engine; its `module` is the model."""
     state: TrainState
+    saver: Saver
     start: int
     """Steps that were done when the attempt began."""
     done: int = 0
     """Steps that are done now."""
+    counted: Sequence[Mapping[str, Any]] = ()
+    """What every rank had counted when the checkpoint was saved (see `framework.training.counters`)."""
     skipped: int = 0
     """Steps that the optimizer did not apply, in this attempt and before."""
     origin: dict[str, Any] | None = None

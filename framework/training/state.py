@@ -16,10 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Flat", "Fragment", "TrainState"]
+from framework.training.checkpoint_manifest import AVERAGE, WEIGHT
 
-WEIGHT = "weight"
-AVERAGE = "average"
+__all__ = ["Flat", "Fragment", "TrainState"]
 
 
 @dataclass(frozen=True)
@@ -56,14 +55,6 @@ class TrainState:
         """Move the average towards the weights after an applied step: a <- decay a + (1 - decay) w."""
         for flat, average in zip(self.flats, self._averages, strict=False):  # no averages without a decay
             average.lerp_(flat.tensor.detach(), self._share)
-
-    def is_finite(self) -> bool:
-        """Whether no weight, average or moment of this rank is NaN or infinite."""
-        return all(
-            bool(torch.isfinite(self._of_kind(kind, index)).all())
-            for kind in self.kinds
-            for index in range(len(self.flats))
-        )
 
     @property
     def kinds(self) -> list[str]:

@@ -14,10 +14,11 @@ from framework.data.sources import build_plan, open_sources
 from framework.models.registry import build_model, inputs_of
 from framework.recipe import load_recipe
 from framework.recipe.schema import Recipe
-from framework.training.checkpoint import CheckpointReader, save_checkpoint
+from framework.training.checkpoint import CheckpointReader
 from framework.training.distributed import Peers, start_process_group
 from framework.training.engine import start_engine
 from framework.training.meters import Meters
+from framework.training.saver import save_checkpoint
 from framework.training.state import TrainState
 from framework.training.step import micro_step
 from framework.world import World

@@ -14,7 +14,8 @@ import torch
 from rank_processes import journalled, start_training, train_to_end
 
 from framework.errors import CheckpointError
-from framework.training.checkpoint import choose_checkpoint, load_weights, newest_valid, prune
+from framework.recipe.checkpoint_section import Checkpoint
+from framework.training.checkpoint import choose_checkpoint, load_weights, newest_valid
 from framework.training.checkpoint_manifest import (
     MANIFEST,
     LaterVersion,
@@ -25,6 +26,7 @@ from framework.training.checkpoint_manifest import (
     write_manifest,
 )
 from framework.training.distributed import Peers
+from framework.training.retention import prune
 from framework.world import World
 
 ALONE = Peers(World(), None)
@@ -150,7 +152,7 @@ def test_retention(tmp_path: Path, keep: int, every: int, left: list[int]) -> No
     for step in range(1, 10):
         folder_of(tmp_path, step).mkdir(parents=True)
         write_manifest(folder_of(tmp_path, step), {"step": step, "files": []})
-    removed = prune(tmp_path, keep, every)
+    removed = prune(tmp_path, Checkpoint(keep=keep, keep_every=every))
     assert checkpoint_folders(tmp_path) == [folder_of(tmp_path, step) for step in left]
     assert sorted(removed) == [folder_of(tmp_path, step) for step in range(1, 10) if step not in left]
 
@@ -200,7 +202,7 @@ def test_no_space_left(recipe_file: Path, small_disk: Path, trained: Path) -> No
     job = start_training(recipe_file, run, 2)
     assert job.wait() == [4, 4], job.said()[-2000:]
     message = job.said().splitlines()[-1]
-    assert message.startswith("error: the checkpoint was not written, earlier ones are untouched.")
+    assert message.startswith("error: the checkpoint of step 6 was not written, earlier ones are untouched.")
     assert "no space left while writing" in message
     assert "Free space or move the run folder, then start the same command again" in message
     assert checkpoint_folders(run) == [folder_of(run, 3)]
