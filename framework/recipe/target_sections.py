@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, model_validator
 
 from framework.recipe.sections import BrokenRule, Name, Section
 from framework.targets import TargetKind, TargetSpec
@@ -22,6 +22,13 @@ def _understood_classes(said: dict[str, Any]) -> int:
     return sum((said.get("heads") or {}).values())
 
 
+def _null_is_unsaid(value: Any, info: ValidationInfo) -> Any:
+    """`null` unsets what a base says."""
+    if value is not None:
+        return value
+    return _understood_target(info.data) if info.field_name == "target" else _understood_classes(info.data)
+
+
 class Labelled(Section):
     """The labels of a source: `classes: 400`, with `target: multi`, or `heads: {verb: 97, noun: 300}`.
 
@@ -30,9 +37,9 @@ class Labelled(Section):
 
     heads: dict[Name, Classes] | None = None
     """Several classes for each sample, one for each name, as the shards name and order them."""
-    target: Annotated[TargetKind, Field(default_factory=_understood_target)]
+    target: Annotated[TargetKind, BeforeValidator(_null_is_unsaid), Field(default_factory=_understood_target)]
     """One class for each sample, or any number (`multi`); `heads` is understood where `heads` are given."""
-    classes: Annotated[Classes, Field(default_factory=_understood_classes)]
+    classes: Annotated[Classes, BeforeValidator(_null_is_unsaid), Field(default_factory=_understood_classes)]
     """Number of classes; with `heads` it is their sum, and understood."""
 
     @model_validator(mode="after")
