@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
-__all__ = ["CONTAINER_OPTIONS", "IMAGE_FORMATS", "MAX_FRAME_SIDE", "MAX_IMAGE_PIXELS"]
+__all__ = [
+    "CONTAINER_OPTIONS",
+    "DECODE_SECONDS",
+    "IMAGE_FORMATS",
+    "MAX_FRAME_SIDE",
+    "MAX_IMAGE_PIXELS",
+    "READ_SECONDS",
+]
 
 MAX_IMAGE_PIXELS = 1 << 26
 """Images with more pixels are refused before they are decoded."""
 
 MAX_FRAME_SIDE = 8192
 """Video frames wider or higher than this are refused before they are decoded."""
+
+DECODE_SECONDS = 120.0
+"""A worker that is at one stage of a sample for longer hangs."""
+
+READ_SECONDS = 900.0
+"""The same for reading: whole shards may have to come from far away first."""
 
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 """Formats that Pillow may try. Others run programs (EPS starts Ghostscript) or are hardly tested."""

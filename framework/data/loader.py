@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 
+from framework.data import progress
 from framework.data.labels import label_row, new_labels
+from framework.data.limits import DECODE_SECONDS, READ_SECONDS
 from framework.data.plan import Plan
-from framework.data.pool import Failure, in_order, pixel_memory
+from framework.data.pool import Care, Failure, Items, Lost, in_order, pixel_memory
 from framework.data.quarantine import Quarantine, Quarantined
 from framework.data.randomness import sample_seed, sample_seeds
-from framework.data.samples import STAGES, SampleReader
+from framework.data.samples import SampleReader
 from framework.data.sources import OpenSource
 from framework.errors import CorruptSample, DataError, TubeworksError
 from framework.recipe.schema import Recipe
@@ -110,11 +112,11 @@ class TrainingBatches(Iterator[Batch]):
         self._maker = maker
         data = maker.recipe.data
         self._making = threading.RLock()  # a thread may take batches ahead of who renews one
-        self._items = in_order(maker, count, data.workers, data.prefetch)
+        self._told = len(quarantine.entries)
+        care = Care(data.decode_seconds, data.read_seconds, maker.told, maker.describe)
+        self._items = in_order(maker, count, data.workers, data.prefetch, care)
 
     def __next__(self) -> Batch:
-        if self._maker.recipe.data.workers:
-            return self.renewed(next(self._items))
         with self._making:
             return self.renewed(next(self._items))
 
@@ -123,11 +125,19 @@ class TrainingBatches(Iterator[Batch]):
         for name, group in batch.groups.items():
             if self.quarantine.any_of(name, group.index.tolist(), batch.step):
                 with self._making:
-                    again = self._maker(self._maker.number(batch))
-                if isinstance(again, Failure):
-                    raise again.error
-                return again
+                    self._tell_what_is_new()
+                    return self._items.redo(self._maker.number(batch))
         return batch
+
+    def worker_memory(self) -> int:
+        """Bytes that the largest worker has for itself."""
+        return self._items.memory()
+
+    def _tell_what_is_new(self) -> None:
+        if self._maker.recipe.data.workers:  # else the maker has this very quarantine
+            if new := self.quarantine.entries[self._told :]:
+                self._items.tell(new)
+            self._told = len(self.quarantine.entries)
 
     def close(self) -> None:
         """End the workers."""
@@ -153,6 +163,19 @@ class _TrainingBatches:
         self._start = start_step
         self._sources = sources
         self._readers = {name: SampleReader(opened) for name, opened in sources.items()}
+        self._names = list(sources)
+        self._lost: dict[tuple[str, int], str] = {}
+
+    def told(self, value: Lost | tuple[Quarantined, ...]) -> None:
+        """Take in what the rank or the pool has found out meanwhile; called in the workers."""
+        if isinstance(value, Lost):
+            self._lost[self._names[value.source], value.index] = value.reason
+        else:
+            self._quarantine.add(value)
+
+    def describe(self, source: int, index: int) -> str:
+        """Which sample it is that a worker reports."""
+        return self._readers[self._names[source]].describe(index)
 
     def number(self, batch: Batch) -> int:
         """Which of all micro-batches this one is."""
@@ -178,7 +201,10 @@ class _TrainingBatches:
         return batch
 
     def _seconds(self) -> dict[str, float]:
-        return {stage: sum(reader.seconds[stage] for reader in self._readers.values()) for stage in STAGES}
+        return {
+            stage: sum(reader.seconds[stage] for reader in self._readers.values())
+            for stage in progress.STAGES
+        }
 
     def _group(self, name: str, epochs: np.ndarray, indices: np.ndarray, batch: Batch) -> Group:
         source = self.recipe.data.sources[name]
@@ -190,6 +216,7 @@ class _TrainingBatches:
             started = time.perf_counter()
             pixels[row].numpy()[...] = view
             labels[row] = label_row(source.targets, info)
+            progress.rest()
             self._readers[name].seconds["collate"] += time.perf_counter() - started
         seeds = sample_seeds(self.recipe.seed, name, epochs, used, views).view(np.int64)
         return Group(
@@ -209,7 +236,10 @@ class _TrainingBatches:
             if place is None:
                 info = reader.info(used)
                 seed = sample_seed(self.recipe.seed, name, epoch, used, attempt)
+                progress.begin_sample(self._names.index(name), used)
                 try:
+                    if reason := self._lost.get((name, used)):
+                        raise reader.corrupt(info, reason)
                     return reader.training_view(info, seed), info, used, attempt
                 except CorruptSample as error:
                     if self.recipe.data.on_corrupt == "stop":
@@ -246,8 +276,8 @@ def evaluation_batches(
     batch: int,
     workers: int,
     shuffle_frames: bool = False,
-) -> Generator[EvalBatch, None, None]:
-    """Yield this rank's share of a source: every sample exactly once over all ranks.
+) -> Items[EvalBatch]:
+    """This rank's share of a source: every sample exactly once over all ranks.
 
     Every rank yields the same number of batches of the same size, so collective calls stay in step. An image
     has one view; a video temporal_views x spatial_views, temporal slowest. `shuffle_frames` permutes the
@@ -258,9 +288,9 @@ def evaluation_batches(
         DataError: an unreadable shard, or a worker that died.
     """
     maker = _EvaluationBatches(source, world, (temporal_views, spatial_views), batch, shuffle_frames)
-    return in_order(
-        maker, -(-len(source) // (world.size * batch)), workers, 1
-    )  # with all views a batch is large
+    care = Care(DECODE_SECONDS, READ_SECONDS, maker.told, maker.describe)
+    count = -(-len(source) // (world.size * batch))
+    return in_order(maker, count, workers, 1, care)  # with all views a batch is large
 
 
 class _EvaluationBatches:
@@ -275,6 +305,15 @@ class _EvaluationBatches:
         self._temporal, self._spatial = views if opened.source.kind == "video" else (1, 1)
         self._batch = batch
         self._shuffle = shuffle_frames
+        self._lost: dict[int, str] = {}
+
+    def told(self, value: Lost) -> None:
+        """Workers are lost over a sample."""
+        self._lost[value.index] = value.reason
+
+    def describe(self, _: int, index: int) -> str:
+        """Which sample it is that a worker reports."""
+        return self._reader.describe(index)
 
     def __call__(self, number: int) -> EvalBatch | Failure:
         source, rows = self._opened.source, self._batch
@@ -287,11 +326,15 @@ class _EvaluationBatches:
             pixels = pixel_memory(shape)
             for row in np.flatnonzero(valid):
                 info = self._reader.info(int(index[row]))
+                progress.begin_sample(0, int(index[row]))
+                if reason := self._lost.get(int(index[row])):
+                    raise self._reader.corrupt(info, reason)
                 seed = sample_seed(0, self._opened.name, 0, int(index[row])) if self._shuffle else None
                 pixels[row].numpy()[...] = self._reader.evaluation_views(
                     info, self._temporal, self._spatial, shuffle_seed=seed
                 )
                 labels[row] = label_row(source.targets, info)
+                progress.rest()
         except TubeworksError as error:
             return Failure(error)
         return EvalBatch(

@@ -1,99 +1,159 @@
-"""Items made by worker processes and handed out in order; a worker's death is an error, never a hang."""
+"""Items made by worker processes and handed out in order; a worker that dies or hangs is replaced.
+
+The item that a lost worker was at is made again. If the same sample costs a second worker, the maker is told
+to do without it: good samples are not given up because the machine ran out of memory once.
+"""
 
 from __future__ import annotations
 
 import atexit
-import ctypes
-import multiprocessing
+import contextlib
+import logging
+import math
 import os
+import selectors
 import signal
-import sys
-import threading
-import warnings
-from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass
-from multiprocessing.process import BaseProcess
-from typing import Any, TypeVar
+import socket
+import time
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
 
 import torch
-from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from framework.data import messages, progress
+from framework.data.nursery import Nursery
+from framework.data.progress import Doing
 from framework.errors import DataError, TubeworksError
 
-__all__ = ["Failure", "in_order", "pixel_memory"]
+__all__ = ["Care", "Failure", "Items", "Lost", "in_order", "pixel_memory"]
+
+log = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
 
-_SET_DEATH_SIGNAL = 1  # prctl's PR_SET_PDEATHSIG
-_workers: set[BaseProcess] = set()
+_TICK = 0.25
+_BLAMED_AFTER = 2
+_GIVES_UP_AFTER = 4
 
 
 @dataclass(frozen=True)
 class Failure:
-    """An error as a value: torch would rebuild a raised one from its text, and lose its fields."""
+    """An error as a value: raised in a worker it would arrive as a defect, with a traceback."""
 
     error: TubeworksError
 
 
+@dataclass(frozen=True)
+class Lost:
+    """Told to the maker: workers died or hung on this sample; `source` is the number it reported."""
+
+    source: int
+    index: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Care:
+    """How a pool looks after its workers.
+
+    `decode_seconds` and `read_seconds` bound how long a worker may stay at one stage of a sample without a
+    sign of life; `told` is called in the workers with what `Items.tell` and the pool itself have to say;
+    `describe(source, index)` names a sample.
+    """
+
+    decode_seconds: float = math.inf
+    read_seconds: float = math.inf
+    told: Callable[[Any], None] | None = None
+    describe: Callable[[int, int], str] = "sample {1} of source {0}".format
+
+
+class Items(Iterator[Item], Generic[Item]):
+    """make(0) … make(count - 1) in order; `close` ends whoever makes them."""
+
+    def __init__(self, make: Callable[[int], Item | Failure], count: int, care: Care) -> None:
+        self._make = make
+        self._count = count
+        self._care = care
+        self._next = 0
+
+    def __next__(self) -> Item:
+        if self._next >= self._count:
+            self.close()
+            raise StopIteration
+        number = self._next
+        self._next += 1
+        try:
+            return self.redo(number)
+        except BaseException:
+            self._next = self._count
+            self.close()
+            raise
+
+    def redo(self, number: int) -> Item:
+        """An item out of its turn, made anew.
+
+        Errors:
+            TubeworksError: what `make` returned as a `Failure`.
+            DataError: workers are lost again and again.
+        """
+        return _checked(self._make(number))
+
+    def tell(self, value: Any) -> None:
+        """Tell the maker something; items that are begun from now on know of it."""
+        if self._care.told is not None:
+            self._care.told(value)
+
+    def memory(self) -> int:
+        """Bytes that the largest worker has for itself; 0 where this process makes the items."""
+        return 0
+
+    def close(self) -> None:
+        """End the workers; a second call does nothing."""
+
+
 def in_order(
-    make: Callable[[int], Item | Failure], count: int, workers: int, prefetch: int
-) -> Generator[Item, None, None]:
-    """Yield make(0) … make(count - 1), made by forked workers that work ahead, or in this process.
+    make: Callable[[int], Item | Failure], count: int, workers: int, prefetch: int, care: Care | None = None
+) -> Items[Item]:
+    """Make items by forked workers that work `prefetch` items ahead each, or, without workers, in this
+    process.
 
     The workers begin at once, not when the first item is asked for: call it before the process grows large,
     because a page that the parent changes after the fork stays in memory twice.
 
-    Errors:
+    Errors, of the iteration:
         TubeworksError: what `make` returned as a `Failure`.
-        DataError: a worker died.
+        DataError: workers are lost again and again, without one sample being the reason.
     """
+    care = care or Care()
     if workers == 0 or count == 0:
-        return (_checked(make(number)) for number in range(count))
-    return _hand_out(*_start(make, count, min(workers, count), prefetch))
-
-
-def _hand_out(iterator: Iterator[Any], children: list[BaseProcess]) -> Generator[Any, None, None]:
-    """Yield what the workers make, and end them when nobody wants more."""
-    try:
-        while True:
-            try:
-                item = next(iterator)
-            except StopIteration:
-                return
-            except (RuntimeError, OSError, EOFError) as error:
-                _raise_for_the_dead(children, error)
-                raise
-            yield _checked(item)
-    finally:
-        _end(children)  # first: torch would wait for each of them to finish its item
-        del iterator
+        return Items(make, count, care)
+    return _Pooled(make, count, min(workers, count), prefetch, care)
 
 
 def pixel_memory(shape: Sequence[int]) -> torch.Tensor:
     """Zeroed uint8 memory for an item; in a worker shared memory, which the rank takes over without a copy.
 
-    Left to the worker's queue, sharing would fail in its background thread, and the rank would wait for ever.
-
     Errors:
-        DataError: there is not enough memory, or not enough shared memory.
+        DataError: there is not enough memory.
     """
+    size = math.prod(shape)
     try:
-        pixels = torch.zeros(tuple(shape), dtype=torch.uint8)
-    except RuntimeError as error:
-        size = " x ".join(map(str, shape))
+        if progress.in_worker():
+            return messages.shared_memory(size).view(tuple(shape))
+        return torch.zeros(tuple(shape), dtype=torch.uint8)
+    except (RuntimeError, OSError, OverflowError, ValueError) as error:
+        text = " x ".join(map(str, shape))
         raise DataError(
-            f"no memory for pixels of {size} bytes (batch x 3 x frames x height x width): lower the mixture, "
-            "evaluation.batch, or a source's size and clip.frames, or raise train.accumulation"
+            f"no memory for pixels of {text} bytes ({size / 1e6:.1f} MB: batch x 3 x frames x height x "
+            f"width; {_first_line(error)}): lower the mixture, evaluation.batch, data.workers, "
+            "data.prefetch, or a source's size and clip.frames, or raise train.accumulation"
         ) from error
-    if get_worker_info() is None:
-        return pixels
-    try:
-        return pixels.share_memory_()
-    except RuntimeError as error:
-        raise DataError(
-            f"no shared memory for {pixels.nbytes / 1e6:.1f} MB of pixels ({error}): "
-            "make /dev/shm larger (docker: --shm-size), or lower data.workers and data.prefetch"
-        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 def _checked(item: Item | Failure) -> Item:
@@ -102,91 +162,220 @@ def _checked(item: Item | Failure) -> Item:
     return item
 
 
-class _Made(Dataset[Any]):
-    def __init__(self, make: Callable[[int], Any], count: int) -> None:
-        self._make, self._count = make, count
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __getitem__(self, number: int) -> Any:
-        return self._make(number)
-
-
-def _start(
-    make: Callable[[int], Any], count: int, workers: int, prefetch: int
-) -> tuple[Iterator[Any], list[BaseProcess]]:
-    """A running DataLoader and its processes."""
-    parent = os.getpid()
-    in_main = threading.current_thread() is threading.main_thread()
-    previous = signal.getsignal(signal.SIGCHLD) if in_main else None
-    before = set(multiprocessing.active_children())
-    with warnings.catch_warnings():
-        # How many workers a machine bears is the recipe's affair, and how loaded it is the journal's.
-        warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)
-        loader: DataLoader[Any] = DataLoader(
-            _Made(make, count),
-            batch_size=None,
-            num_workers=workers,
-            prefetch_factor=prefetch,
-            collate_fn=_as_it_is,
-            worker_init_fn=lambda _: _begin_worker(parent),
-            multiprocessing_context="fork",
-            generator=torch.Generator(),  # else torch draws from the rank's own generator, and shifts it
-        )
-        iterator = iter(loader)
-    if in_main:
-        # torch's handler would raise a worker's death at any line of the program; `next` reports it in here.
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL if previous is None else previous)
-    children = [child for child in multiprocessing.active_children() if child not in before]
-    _workers.update(children)
-    return iterator, children
+@dataclass
+class _Worker:
+    slot: int
+    pid: int
+    connection: socket.socket
+    tasks: list[int] = field(default_factory=list)
+    """Items that it was asked for, in this order."""
+    seen: int = -1
+    quiet: float = 0.0
+    """Seconds that its rank has waited without a sign of life."""
+    memory: int = 0
 
 
-def _as_it_is(item: Any) -> Any:
-    return item
+class _RemoteError(Exception):
+    """The traceback of an error in a worker."""
 
 
-def _begin_worker(parent: int) -> None:
-    """In a new worker: leave signals to the rank, and die with it.
+class _Pooled(Items[Item]):
+    """The rank's side of the workers."""
 
-    A scheduler signals whole process groups. The rank then wants to finish its step and save, and for that it
-    needs its workers; it ends them itself, and if it is killed, the kernel does.
-    """
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_SET_DEATH_SIGNAL, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)
+    def __init__(
+        self, make: Callable[[int], Item | Failure], count: int, workers: int, prefetch: int, care: Care
+    ) -> None:
+        super().__init__(make, count, care)
+        self._prefetch = prefetch
+        self._board = progress.Board(workers)
+        self._nursery = Nursery(make, care.told, self._board)
+        self._selector = selectors.DefaultSelector()
+        self._workers: list[_Worker] = []
+        self._told: list[Any] = []
+        self._asked = 0
+        """Items 0 … asked - 1 were given to workers."""
+        self._made: dict[int, Any] = {}
+        self._deaths: dict[tuple[int, int], int] = {}
+        self._losses: dict[int, int] = {}
+        self._closed = False
+        _pools.add(self)
+        for slot in range(workers):
+            self._spawn(slot)
+        self._ask()
+
+    def redo(self, number: int) -> Item:
+        if number < self._asked and number not in self._made and not self._is_asked(number):
+            self._give(self._least_busy(), number)
+        while number not in self._made:
+            self._ask()
+            if not self._take(_TICK):
+                self._look_for_the_hung(number)
+        item, defect = self._made.pop(number)
+        self._ask()
+        if defect is not None:
+            error, text = defect
+            raise error from _RemoteError(f"in a data worker:\n{text}")
+        return _checked(item)
+
+    def tell(self, value: Any) -> None:
+        self._told.append(value)
+        for worker in self._workers:
+            self._say(worker, ("told", value))
+
+    def memory(self) -> int:
+        return max((worker.memory for worker in self._workers), default=0)
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        _pools.discard(self)
+        for worker in self._workers:
+            _kill(worker.pid)
+            worker.connection.close()
+        self._selector.close()
+        self._nursery.close()
+        self._made.clear()
+
+    def __del__(self) -> None:
+        if not getattr(self, "_closed", True):
+            self.close()
+
+    def _spawn(self, slot: int) -> None:
+        try:
+            pid, connection = self._nursery.spawn(slot)
+        except messages.Closed as error:
+            raise DataError(
+                f"the process that starts data workers is gone ({error}): something ended it; start again, "
+                "the run goes on from its last checkpoint"
+            ) from error
+        connection.settimeout(max(10.0, min(self._care.decode_seconds, 600.0)))
+        worker = _Worker(slot, pid, connection)
+        self._workers.append(worker)
+        self._selector.register(connection, selectors.EVENT_READ, worker)
+        for value in self._told:
+            self._say(worker, ("told", value))
+
+    def _is_asked(self, number: int) -> bool:
+        return any(number in worker.tasks for worker in self._workers)
+
+    def _least_busy(self) -> _Worker:
+        return min(self._workers, key=lambda worker: len(worker.tasks))
+
+    def _ask(self) -> None:
+        """Keep every worker busy, as far ahead of who takes the items as was wished for."""
+        ahead = self._next + len(self._workers) * self._prefetch
+        while self._asked < min(self._count, ahead):
+            worker = self._least_busy()
+            if len(worker.tasks) >= self._prefetch:
+                return
+            self._give(worker, self._asked)
+            self._asked += 1
+
+    def _give(self, worker: _Worker, number: int) -> None:
+        worker.tasks.append(number)
+        self._say(worker, ("make", number))
+
+    def _say(self, worker: _Worker, message: Any) -> None:
+        with contextlib.suppress(messages.Closed):  # it is dead, which shows when its answer is read
+            messages.send(worker.connection, message)
+
+    def _take(self, seconds: float) -> bool:
+        """Take in what workers have made; False if nothing came within the time."""
+        began = time.monotonic()
+        ready = self._selector.select(seconds)
+        for key, _ in ready:
+            worker: _Worker = key.data
+            try:
+                number, item, defect, worker.memory = messages.receive(worker.connection)
+            except messages.Closed:
+                self._bury(worker, hung=False)
+                continue
+            worker.tasks.remove(number)
+            worker.quiet = 0.0
+            self._losses.pop(number, None)
+            self._made[number] = (item, defect)
+        # A rank that was itself suspended must not think that its workers were silent all the time.
+        passed = min(time.monotonic() - began, 2 * _TICK)
+        for worker in self._workers:
+            changes = self._board.read(worker.slot).changes
+            worker.quiet = worker.quiet + passed if changes == worker.seen else 0.0
+            worker.seen = changes
+        return bool(ready)
+
+    def _look_for_the_hung(self, number: int) -> None:
+        """Kill the worker that has the item we wait for, if it has shown no sign of life for too long."""
+        for worker in [one for one in self._workers if number in one.tasks]:
+            doing = self._board.read(worker.slot)
+            limit = self._care.read_seconds if doing.stage == "read" else self._care.decode_seconds
+            if worker.quiet > limit:
+                self._bury(worker, hung=True)
+
+    def _bury(self, worker: _Worker, *, hung: bool) -> None:
+        """Replace a worker that is dead or hangs, and give what it was at to others."""
+        _kill(worker.pid)
+        code = self._nursery.reap(worker.pid)
+        doing = self._board.read(worker.slot)
+        self._selector.unregister(worker.connection)
+        worker.connection.close()
+        self._workers.remove(worker)
+        how = f"hung for {worker.quiet:.0f} s" if hung else f"was ended by {_ending(code)}"
+        at = f" at {doing.stage} of {self._care.describe(doing.source, doing.index)}" if doing.stage else ""
+        task = worker.tasks[0] if worker.tasks else -1
+        self._judge(task, doing, how, code, f"data worker {worker.pid} {how}{at}")
+        self._spawn(worker.slot)
+        for number in worker.tasks:
+            self._give(self._least_busy(), number)
+
+    def _judge(self, task: int, doing: Doing, how: str, code: int | None, what: str) -> None:
+        """Whether a lost worker is the sample's fault, the machine's, or not clear yet."""
+        if code == -signal.SIGBUS:
+            raise DataError(f"{what}: {_ADVICE[-signal.SIGBUS]}")
+        self._losses[task] = self._losses.get(task, 0) + 1
+        if doing.stage and doing.stage != "read":
+            sample = doing.source, doing.index
+            self._deaths[sample] = self._deaths.get(sample, 0) + 1
+            if self._deaths[sample] >= _BLAMED_AFTER:
+                self._losses[task] = 0
+                log.warning("%s, again: the sample is left to the policy for corrupt ones", what)
+                reason = f"costs data workers their lives: one {how} at {doing.stage}, {_BLAMED_AFTER} in all"
+                self.tell(Lost(*sample, reason))
+                return
+        if self._losses[task] >= _GIVES_UP_AFTER:
+            advice = _READ_ADVICE if doing.stage == "read" else _ADVICE.get(code or 0, _OTHER_ADVICE)
+            raise DataError(f"{what}, as {self._losses[task] - 1} before it over the same batch: {advice}")
+        log.warning("%s: it is replaced, and what it was at is made again", what)
 
 
-def _raise_for_the_dead(children: list[BaseProcess], cause: BaseException) -> None:
-    """Raise DataError if a worker is dead, saying of what it usually dies so."""
-    dead = [child for child in children if child.exitcode not in (None, 0)]
-    if not dead:
-        return
-    code = dead[0].exitcode or 0
-    name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-    advice = {
-        -signal.SIGKILL: "most likely the machine ran out of memory: lower data.workers, data.prefetch or "
-        "the mixture, or raise train.accumulation",
-        -signal.SIGBUS: "most likely shared memory is full: make /dev/shm larger (docker: --shm-size), or "
-        "lower data.workers and data.prefetch",
-    }.get(code, "its last words are above; with data.workers=0 the same happens in the rank itself")
-    raise DataError(f"data worker {dead[0].pid} was ended by {name}: {advice}") from cause
+_READ_ADVICE = (
+    "the storage of the shards does not answer; look at the file system, or raise data.read_seconds"
+)
+_OTHER_ADVICE = "its last words are above; with data.workers=0 the same happens in the rank itself"
+_ADVICE = {
+    -signal.SIGKILL: "most likely the machine ran out of memory: lower data.workers, data.prefetch or the "
+    "mixture, or raise train.accumulation",
+    -signal.SIGBUS: "a file that it had mapped was cut short, or there was no memory for its pages: do not "
+    "change shards while a run reads them; lower data.workers and data.prefetch",
+}
 
 
-def _end(children: list[BaseProcess]) -> None:
-    for child in children:
-        child.kill()
-    for child in children:
-        child.join()
-        _workers.discard(child)
+def _ending(code: int | None) -> str:
+    if code is None:
+        return "nothing yet, the kernel does not let go of it,"
+    return signal.Signals(-code).name if code < 0 else f"exit code {code}"
+
+
+def _kill(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+
+
+_pools: weakref.WeakSet[_Pooled[Any]] = weakref.WeakSet()
 
 
 def _end_all() -> None:
-    _end(list(_workers))
+    for pool in list(_pools):
+        pool.close()
 
 
 atexit.register(_end_all)  # after multiprocessing's own hook, which torch has imported, hence run before it

@@ -14,18 +14,17 @@ from framework.data.augment import random_box, resize, view_boxes
 from framework.data.clips import random_clip, uniform_clips
 from framework.data.image import decode_image
 from framework.data.manifest import SampleInfo
+from framework.data.progress import STAGES, stage
 from framework.data.randaugment import rand_augment
 from framework.data.randomness import Draws
 from framework.data.shards import ShardReader
 from framework.data.sources import OpenSource
 from framework.data.video import Box, Undecodable, VideoRequest, decode_video
+from framework.errors import CorruptSample
 
-__all__ = ["STAGES", "SampleReader"]
+__all__ = ["SampleReader"]
 
 Pixels = NDArray[np.uint8]
-
-STAGES = ("read", "verify", "decode", "augment", "collate")
-"""Where the time of a sample goes; keys of `SampleReader.seconds`."""
 
 
 @dataclass(frozen=True)
@@ -43,10 +42,20 @@ class SampleReader:
         self._opened = opened
         self._shards = ShardReader(opened.manifest.folder, opened.name)
         self.seconds: dict[str, float] = dict.fromkeys(STAGES, 0.0)
+        """Where the time of the samples went."""
 
     def info(self, index: int) -> SampleInfo:
         """What the manifest says of the sample at a place of the source's selection."""
         return self._opened.manifest.sample(int(self._opened.selection[index]))
+
+    def describe(self, index: int) -> str:
+        """A sample of the selection in words."""
+        info = self.info(index)
+        return f"sample {info.key} (source {self._opened.name}, shard {info.shard}, offset {info.offset})"
+
+    def corrupt(self, info: SampleInfo, reason: str) -> CorruptSample:
+        """The error for a sample that cannot be used."""
+        return self._shards.corrupt(info, reason)
 
     def training_view(self, info: SampleInfo, seed: int) -> Pixels:
         """The random view of a sample that `seed` decides: clip, crop, flip, RandAugment.
@@ -141,12 +150,13 @@ class SampleReader:
         return resize(part, self._opened.source.size)
 
     @contextmanager
-    def _timed(self, stage: str) -> Iterator[None]:
+    def _timed(self, name: str) -> Iterator[None]:
         started = time.perf_counter()
+        stage(name)
         try:
             yield
         finally:
-            self.seconds[stage] += time.perf_counter() - started
+            self.seconds[name] += time.perf_counter() - started
 
 
 def _bounding_box(boxes: Sequence[Box]) -> Box:

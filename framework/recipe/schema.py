@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from framework.data.limits import DECODE_SECONDS, READ_SECONDS
 from framework.recipe.checkpoint_section import Best, Checkpoint, check_best
 from framework.recipe.guard_sections import Guards
 from framework.recipe.model_sections import (
@@ -161,6 +162,10 @@ class Data(Section):
     """Processes per rank that decode; 0 decodes in the rank itself."""
     prefetch: Positive = 2
     """Micro-batches that each worker prepares ahead."""
+    decode_seconds: Annotated[float, Field(gt=0)] = DECODE_SECONDS
+    """A worker that is at one stage of a sample for longer hangs: it is replaced, the sample tried again."""
+    read_seconds: Annotated[float, Field(gt=0)] = READ_SECONDS
+    """The same for reading, where it is the storage that hangs."""
     on_corrupt: Literal["stop", "substitute"] = "stop"
     """What to do with a sample whose checksum or decode fails; a substitute is fixed by the plan."""
     max_corrupt: NonNegative = 100

@@ -49,6 +49,8 @@ MAY_CHANGE = (
     "data.workers",
     "data.prefetch",
     "data.on_corrupt",
+    "data.decode_seconds",
+    "data.read_seconds",
     "data.max_corrupt",
     "data.sources.*.path",
     "data.sources.*.validation",

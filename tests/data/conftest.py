@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import os
 import sys
 import tarfile
 import zlib
@@ -94,6 +96,31 @@ def image_medium(key: str, dataset: str, label: int, pixels: np.ndarray) -> Medi
     Image.fromarray(pixels).save(file, "JPEG", quality=90)
     height, width = pixels.shape[:2]
     return Medium(key, dataset, "image", label, file.getvalue(), "jpg", width, height)
+
+
+def scan_bomb(side: int = 4000, scans: int = 20_000) -> bytes:
+    """A valid progressive JPEG that repeats its last scan: under a megabyte, minutes to decode."""
+    file = io.BytesIO()
+    Image.new("L", (side, side), 128).save(file, "JPEG", progressive=True)
+    data = file.getvalue()
+    last = data[data.rindex(b"\xff\xda") : -2]
+    return data[:-2] + last * scans + data[-2:]
+
+
+def descendants(depth: int | None = None) -> set[int]:
+    """Processes that this one has started, or that those have: all, or those at a depth (1: children)."""
+    children: dict[int, list[int]] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                fields = (entry / "stat").read_text().rsplit(")", 1)[1].split()
+                children.setdefault(int(fields[1]), []).append(int(entry.name))
+    level, found = children.get(os.getpid(), []), set()
+    number = 1
+    while level:
+        found |= set(level) if depth in (None, number) else set()
+        level, number = [child for pid in level for child in children.get(pid, [])], number + 1
+    return found
 
 
 def write_shards(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import multiprocessing
+import gc
+import os
 import resource
 import shutil
+import signal
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -151,10 +154,66 @@ def damaged(shards: Path, tmp_path: Path, flip_byte: Callable) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def no_worker_is_left_behind() -> Iterator[None]:
-    before = set(multiprocessing.active_children())
+def no_worker_is_left_behind(helpers: Any) -> Iterator[None]:
+    before = helpers.descendants()
     yield
-    assert set(multiprocessing.active_children()) <= before
+    gc.collect()
+    assert helpers.descendants() <= before
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_workers_that_are_killed_or_stopped_meanwhile_change_no_batch(
+    number: int, shards: Path, make_recipe: Callable, reference: Callable, helpers: Any
+) -> None:
+    expected = reference(make_recipe(shards))
+    recipe = make_recipe(shards, data={"workers": 2, "prefetch": 1, "decode_seconds": 1.0})
+    sources = open_sources(recipe)
+    before = helpers.descendants()
+    batches = training_batches(
+        recipe, sources, build_plan(recipe, sources), World(), start_step=0, stop_step=STEPS
+    )
+    found = []
+    for batch in batches:
+        found.append(batch)
+        if len(found) in (1, 3):
+            workers = helpers.descendants(depth=2) - before
+            os.kill(min(workers), number)
+    actual = merged(found)
+    assert actual.keys() == expected.keys()
+    for key, fields in expected.items():
+        for field, tensor in fields.items():
+            assert torch.equal(actual[key][field], tensor), (key, field)
+
+
+@pytest.fixture(scope="module")
+def endless(shards: Path, media: list, tmp_path_factory: pytest.TempPathFactory, helpers: Any) -> Path:
+    """Shards with a picture whose bytes are right, and which takes minutes to decode."""
+    bomb = helpers.scan_bomb()
+    own = [replace(medium) for medium in media]
+    (victim,) = [medium for medium in own if medium.key == "stills/005"]
+    victim.data, victim.width, victim.height = bomb, 4000, 4000
+    classes = {"moves": ["left", "right", "up"], "stills": ["a", "b", "c", "d"]}
+    return helpers.write_shards(tmp_path_factory.mktemp("endless") / "shards", own, classes, per_shard=5)
+
+
+def test_a_picture_that_takes_for_ever_is_replaced_by_its_substitute(
+    endless: Path, make_recipe: Callable
+) -> None:
+    data = {"workers": 2, "decode_seconds": 1.0, "on_corrupt": "substitute"}
+    batches = batches_of(make_recipe(endless, mixture={"stills": 4}, data=data), World(), stop=4)
+    events = [event for batch in batches for event in batch.events]
+    assert {event["key"] for event in events} == {"stills/005"}
+    assert "costs data workers their lives: one hung for" in events[0]["reason"]
+    fed = torch.cat([batch.groups["stills"].index for batch in batches]).tolist()
+    assert 5 not in fed
+
+
+def test_a_picture_that_takes_for_ever_stops_the_run_with_its_name(
+    endless: Path, make_recipe: Callable
+) -> None:
+    recipe = make_recipe(endless, mixture={"stills": 4}, data={"workers": 1, "decode_seconds": 1.0})
+    with pytest.raises(CorruptSample, match=r"one hung for \d s at decode, 2 in all .*key stills/005"):
+        batches_of(recipe, World(), stop=4)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -225,7 +284,7 @@ def test_no_room_in_shared_memory_is_an_error_and_no_hang(shards: Path, make_rec
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, before[1]))  # a clip of 64 pixels takes 49,152 bytes
     try:
-        with pytest.raises(DataError, match=r"no shared memory for 0\.2 MB of pixels .*--shm-size"):
+        with pytest.raises(DataError, match=r"no memory for pixels of .* bytes \(0\.2 MB: .*File too large"):
             batches_of(recipe, World())
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)

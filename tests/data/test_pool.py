@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
-import multiprocessing
+import gc
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 
-from framework.data.pool import Failure, in_order, pixel_memory
+from framework.data import progress
+from framework.data.pool import Care, Failure, Lost, in_order, pixel_memory
 from framework.errors import CorruptSample, DataError
 
 
 @pytest.fixture(autouse=True)
-def no_worker_is_left_behind() -> Iterator[None]:
-    before = set(multiprocessing.active_children())
+def no_worker_is_left_behind(helpers: ModuleType) -> Iterator[None]:
+    before = helpers.descendants()
     yield
-    assert set(multiprocessing.active_children()) <= before
+    gc.collect()
+    assert helpers.descendants() <= before
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3, 9])
@@ -48,7 +52,7 @@ def test_a_failure_arrives_as_it_was_made(workers: int) -> None:
 
 @pytest.mark.parametrize(
     ("number", "advice"),
-    [(signal.SIGKILL, "out of memory"), (signal.SIGBUS, "/dev/shm"), (signal.SIGSEGV, "workers=0")],
+    [(signal.SIGKILL, "out of memory"), (signal.SIGBUS, "cut short"), (signal.SIGSEGV, "workers=0")],
 )
 def test_a_worker_that_dies_is_an_error_that_says_of_what(number: signal.Signals, advice: str) -> None:
     def make(item: int) -> int:
@@ -58,9 +62,117 @@ def test_a_worker_that_dies_is_an_error_that_says_of_what(number: signal.Signals
         return item
 
     started = time.monotonic()
-    with pytest.raises(DataError, match=rf"data worker \d+ was ended by {number.name}: .*{advice}"):
+    with pytest.raises(DataError, match=rf"data worker \d+ was ended by {number.name}.*: .*{advice}"):
         list(in_order(make, 20, 2, 2))
     assert time.monotonic() - started < 20
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV, signal.SIGSTOP])
+def test_a_worker_that_is_lost_once_costs_nothing(number: signal.Signals, tmp_path: Path) -> None:
+    def make(item: int) -> tuple[int, torch.Tensor]:
+        progress.begin_sample(0, item)
+        progress.stage("decode")
+        if item == 3 and not (tmp_path / "lost").exists():
+            (tmp_path / "lost").touch()
+            signal.signal(number, signal.SIG_DFL) if number == signal.SIGSEGV else None
+            os.kill(os.getpid(), number)
+        pixels = pixel_memory((100,))
+        pixels += item
+        return item, pixels
+
+    told: list[Lost] = []
+    items = list(in_order(make, 12, 2, 2, Care(decode_seconds=1.0, told=told.append)))
+    assert [item for item, _ in items] == list(range(12))
+    assert all(bool((pixels == item).all()) for item, pixels in items)
+    assert (tmp_path / "lost").exists()
+    assert told == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_sample_that_costs_two_workers_is_told_to_the_maker(number: signal.Signals) -> None:
+    bad: dict[int, str] = {}
+
+    def told(value: Lost) -> None:
+        bad[value.index] = value.reason
+
+    def make(item: int) -> str:
+        for index in (2 * item, 2 * item + 1):
+            progress.begin_sample(7, index)
+            progress.stage("decode")
+            if index in (7, 12, 13) and index not in bad:
+                os.kill(os.getpid(), number)
+        return " | ".join(bad.get(index, "good") for index in (2 * item, 2 * item + 1))
+
+    items = list(in_order(make, 10, 3, 2, Care(decode_seconds=0.5, told=told)))
+    lost = "was ended by SIGKILL" if number == signal.SIGKILL else r"hung for \d s"
+    for number_of_item, item in enumerate(items):
+        parts = item.split(" | ")
+        for index, part in zip((2 * number_of_item, 2 * number_of_item + 1), parts, strict=True):
+            if index in (7, 12, 13):
+                assert re.search(rf"one {lost} at decode, 2 in all", part), part
+            else:
+                assert part == "good"
+
+
+def test_storage_that_hangs_is_no_fault_of_the_sample() -> None:
+    told: list[Lost] = []
+
+    def make(item: int) -> int:
+        progress.begin_sample(0, item)
+        progress.stage("read")
+        if item == 2:
+            time.sleep(3600)
+        return item
+
+    items = in_order(make, 4, 1, 1, Care(read_seconds=0.3, told=told.append))
+    with pytest.raises(DataError, match=r"hung for \d s at read of sample 2 of source 0.*data\.read_seconds"):
+        list(items)
+    assert told == []
+
+
+def test_tensors_travel_whole_whatever_memory_they_lie_in() -> None:
+    def make(item: int) -> dict[str, torch.Tensor]:
+        pixels = pixel_memory((3, 4, 5))
+        pixels[1] = item
+        return {
+            "shared": pixels.permute(2, 0, 1),
+            "large": torch.arange(100_000, dtype=torch.float32).view(100, 1000) + item,
+            "small": torch.tensor([[True, False]]),
+            "bfloat16": torch.full((3,), item, dtype=torch.bfloat16),
+            "nothing": torch.empty(0, 4),
+            "scalar": torch.tensor(item),
+        }
+
+    here, there = make(2), list(in_order(make, 3, 1, 2))[2]
+    assert there["shared"].stride() == here["shared"].stride()
+    for name, tensor in here.items():
+        assert there[name].dtype == tensor.dtype
+        assert torch.equal(there[name], tensor), name
+    there["shared"] += 1
+    there["small"] |= True
+
+
+def test_memory_is_given_back_and_no_descriptor_stays_open() -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    items = in_order(lambda number: pixel_memory((1 << 20,)) + 1, 40, 2, 2)
+    for _ in range(20):
+        next(items)
+    during = len(os.listdir("/proc/self/fd"))
+    assert items.memory() > 1 << 20
+    rest = list(items)
+    assert len(rest) == 20
+    assert during - before <= 12
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_what_is_told_reaches_every_worker_before_the_items_asked_for_later() -> None:
+    known: list[int] = []
+    items = in_order(lambda _: sum(known), 30, 3, 1, Care(told=known.append))
+    assert next(items) == 0
+    items.tell(5)
+    for _ in range(3):
+        next(items)
+    assert set(items) == {5}
 
 
 def test_a_defect_in_the_code_keeps_its_class_and_traceback() -> None:
@@ -88,7 +200,7 @@ def test_signals_to_the_group_leave_workers_alone_and_closing_ends_them_at_once(
     workers.update((next(items), next(items)))
     assert len(workers) == 2
     started = time.monotonic()
-    items.close()  # type: ignore[attr-defined]
+    items.close()
     assert time.monotonic() - started < 3
 
 

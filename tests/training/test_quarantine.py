@@ -126,3 +126,72 @@ def test_samples_are_taken_out_and_let_back_in_by_hand(
     assert replaced
     assert {event["key"] for event in replaced} == {out}
     assert min(event["step"] for event in replaced) >= 3
+
+
+def test_a_sample_that_hangs_its_decoder_is_replaced_on_all_ranks(
+    recipe_file: Path, shards: Path, tmp_path: Path
+) -> None:
+    """The picture is whole and takes minutes: only the time limit of its worker ends that."""
+    from data_tools.verify import verify
+
+    folder = Path(shutil.copytree(shards / "train", tmp_path / "train"))
+    key = put_in_an_endless_picture(folder)
+    assert not verify(folder, decode=False, workers=1).problems
+    run = tmp_path / "run"
+    train_to_end(recipe_file, run, 2, *over(folder), "data.workers=1", "data.decode_seconds=2")
+    (entry,) = read_quarantine(run).entries
+    assert entry.key == key
+    assert "costs data workers their lives: one hung for" in entry.reason
+    audited = json.loads(CliRunner().invoke(app, ["data", "audit", str(run), "--json"]).stdout)
+    assert audited["exactly_once"]
+    replaced = [epoch["replaced"] for epoch in audited["sources"]["digits"]["epochs"]]
+    assert [[sample["key"] for sample in samples] for samples in replaced] == [[key], [key]]
+
+
+def put_in_an_endless_picture(folder: Path) -> str:
+    """Write the folder's shard anew, with one picture that repeats its last scan; returns its key."""
+    import io
+    import tarfile
+    import zlib
+
+    import pyarrow
+    from PIL import Image
+
+    from framework.data.manifest import SAMPLES_NAME, SCHEMA, ShardInfo
+    from framework.data.manifest_writer import write_manifest
+    from framework.files import hash_file
+
+    file = io.BytesIO()
+    Image.new("L", (4000, 4000), 128).save(file, "JPEG", progressive=True)
+    plain = file.getvalue()
+    endless = plain[:-2] + plain[plain.rindex(b"\xff\xda") : -2] * 20_000 + plain[-2:]
+    manifest = Manifest.open(folder)
+    victim = manifest.sample(int(manifest.select("digits", "digits", "image")[5]))
+    (shard,) = manifest.shards
+    members = []
+    with tarfile.open(folder / shard.name) as tar:
+        for member in tar:
+            content = tar.extractfile(member)
+            assert content is not None
+            data = content.read()
+            if member.name.startswith(victim.key + ".") and member.offset_data == victim.offset:
+                data = endless
+            members.append((member.name, data))
+    with tarfile.open(folder / shard.name, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    with tarfile.open(folder / shard.name) as tar:
+        offsets = {member.name: (member.offset_data, member.size) for member in tar}
+    with pyarrow.memory_map(str(folder / SAMPLES_NAME)) as mapped:
+        rows = pyarrow.ipc.open_file(mapped).get_batch(0).to_pylist()
+    for row in rows:
+        row["offset"], row["length"] = offsets[f"{row['key']}.{row['extension']}"]
+        if row["key"] == victim.key:
+            row.update(crc32=zlib.crc32(endless), width=4000, height=4000)
+    size = (folder / shard.name).stat().st_size
+    info = ShardInfo(shard.name, size, hash_file(folder / shard.name), shard.samples)
+    columns = {name: [row[name] for row in rows] for name in SCHEMA.names}
+    write_manifest(folder, columns, [info], manifest.datasets)
+    return victim.key
