@@ -25,6 +25,7 @@ from framework.evaluation.report import EvaluationReport, show_table, write_repo
 from framework.evaluation.run import evaluate
 from framework.models.registry import build_model, inputs_of
 from framework.recipe import load_recipe
+from framework.recipe.model_sections import reconstructs
 from framework.recipe.schema import Evaluation, Recipe
 from framework.tracking.journal import Journal, last_attempt
 from framework.tracking.mirror import sync_run
@@ -90,6 +91,11 @@ def evaluate_run(
     if not (run / "recipe.yaml").is_file():
         raise TubeworksError(f"{run} has no recipe.yaml: it is not the folder of a run that has begun")
     recipe = load_recipe(str(run / "recipe.yaml")).recipe
+    if reconstructs(recipe.model):
+        raise RecipeError(
+            f"{run} trains a masked autoencoder, which has no classifier to evaluate: fine-tune it first, "
+            f"with `init: {{weights: {run}}}` and without `model.pretrain`"
+        )
     settings = parse_views(views, recipe.evaluation)
     sources = open_sources(recipe, "validation")
     if not sources:

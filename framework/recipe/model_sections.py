@@ -18,7 +18,18 @@ from framework.recipe.sections import (
 )
 from framework.recipe.video_model_sections import MTV, TimeSformer, VideoMAE, ViT, ViViT
 
-__all__ = ["AnyModel", "Model", "ModelSection", "Pool", "Position", "ScaleUp", "Tube", "TubeSet", "family_of"]
+__all__ = [
+    "AnyModel",
+    "Model",
+    "ModelSection",
+    "Pool",
+    "Position",
+    "ScaleUp",
+    "Tube",
+    "TubeSet",
+    "family_of",
+    "reconstructs",
+]
 
 Position = Literal["fixed", "fixed_no_stride", "learned", "none", "printed"]
 Pool = Literal["attention", "scalar", "map", "mean", "class_token"]
@@ -119,6 +130,11 @@ def family_of(model: Any) -> str:
     name = model.get("name") if isinstance(model, Mapping) else getattr(model, "name", None)
     family = str(name).partition("_")[0]
     return family if family in SECTIONS else "tubevit"
+
+
+def reconstructs(model: AnyModel) -> bool:
+    """Whether a model learns from pixels alone: it has no classifier, and there is nothing to evaluate."""
+    return isinstance(model, VideoMAE) and model.pretrain is not None
 
 
 AnyModel = Union[Model, ViT, ViViT, TimeSformer, VideoMAE, MTV]  # noqa: UP007 - evaluated on Python 3.10

@@ -16,6 +16,7 @@ from pydantic import Field, model_validator
 from framework.data.limits import DECODE_SECONDS, READ_SECONDS
 from framework.recipe.checkpoint_section import Best, Checkpoint, check_best
 from framework.recipe.guard_sections import Guards
+from framework.recipe.init_sections import ImageInit
 from framework.recipe.model_sections import (
     AnyModel,
     Model,
@@ -52,6 +53,7 @@ __all__ = [
     "Evaluation",
     "Gelu",
     "Guards",
+    "ImageInit",
     "Init",
     "Masking",
     "Model",
@@ -260,6 +262,8 @@ class Init(Section):
     """For `model.scale_up`: a run of a small TubeViT, whose tubes are taken and nothing else."""
     encoder: Folder | None = None
     """For `model.scale_up`: a run of the large model on images, whose 2D patches and encoder are taken."""
+    image: ImageInit | None = None
+    """For video models: a run of a `vit`, whose patches, places and encoder are taken."""
     ema: bool = False
     """Take the moving averages of the weights."""
 
@@ -270,10 +274,10 @@ class Init(Section):
             raise BrokenRule(
                 "is missing; a scale-up takes `tubes` from one run and `encoder` from another", missing
             )
-        if (self.weights is None) == (self.tubes is None):
+        if [self.weights, self.tubes, self.image].count(None) != 2:
             raise ValueError(
-                "needs `weights` (a run of the same model, or one of its checkpoints) or, for a scale-up, "
-                "`tubes` and `encoder`; not both: `null` unsets one that a base says"
+                "needs `weights` (a run of the same model, or one of its checkpoints), `image` (a run of a "
+                "vit) or, for a scale-up, `tubes` and `encoder`; only one: `null` unsets what a base says"
             )
         return self
 

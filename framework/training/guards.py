@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from framework.errors import TrainingStopped
+from framework.recipe.model_sections import reconstructs
 from framework.recipe.schema import Recipe, Source
 from framework.training.distributed import Peers
 
@@ -45,7 +46,9 @@ class CollapseGuard:
         self._blind = {
             name: _blind(recipe.data.sources[name], (shares or {}).get(name))
             for name in recipe.data.mixture
-            if recipe.data.sources[name].classes > 1 and recipe.data.sources[name].loss_weight > 0
+            if recipe.data.sources[name].classes > 1
+            and recipe.data.sources[name].loss_weight > 0
+            and not reconstructs(recipe.model)
         }
         self._seen: dict[str, deque[tuple[float, float]]] = {
             name: deque(maxlen=self._points)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from framework.evaluation.run import AnyResult, evaluate
+from framework.recipe.model_sections import reconstructs
 from framework.training.agreement import agreed_signal
 from framework.training.session import Session
 
@@ -21,10 +22,10 @@ class _Stopped(Exception):
 def evaluate_held_out(session: Session) -> dict[str, AnyResult]:
     """Every held-out sample of every source that names a `validation` folder, once.
 
-    Empty without such a source, and when a signal broke the evaluation off: a scheduler that wants the nodes
-    back does not wait for it.
+    Empty without such a source, for a model without classifiers, and when a signal broke the evaluation off:
+    a scheduler that wants the nodes back does not wait for it.
     """
-    if not session.held_out:
+    if not session.held_out or reconstructs(session.recipe.model):
         return {}
     model = session.engine.module
 

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import logging
-import re
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,60 +11,28 @@ import torch
 from torch import Tensor, nn
 
 from framework.errors import CheckpointError, RecipeError
+from framework.models.image_start import resize_places
 from framework.models.registry import size_of, tubes_of
 from framework.models.scaleup import image_tube
 from framework.models.tubes import name_tube
-from framework.models.tubevit import Size
 from framework.recipe import load_recipe
-from framework.recipe.schema import AnyModel, Init, Model, Recipe
+from framework.recipe.schema import AnyModel, Init, Model, Recipe, VideoMAE
+from framework.training.account import Account
 from framework.training.checkpoint import CheckpointReader, newest_valid, verify
 from framework.training.checkpoint_manifest import AVERAGE, MANIFEST, WEIGHT
 from framework.training.distributed import Peers
+from framework.training.image_initial import take_image
+from framework.training.origin import Origin, check_same_size, some
 
 __all__ = ["Account", "Origin", "find_origins", "initialise", "load_initial"]
 
 log = logging.getLogger(__name__)
 
 HEADS, GATE, TUBES = "heads.", "gate.", "tokenizer.tubes."
-_BLOCK = re.compile(r"\bblocks\.\d+\.")
+PLACES = ("places.weight", "times.weight")
+"""Ends of the names of tables that can be interpolated to another grid."""
 NO_MATTER = {"dropout", "stochastic_depth"}
 """What may differ between a model and the one that its weights come from without a word."""
-
-
-@dataclass(frozen=True)
-class Origin:
-    """A checkpoint that weights come from, for the key `init.ROLE`, and the model that it is of."""
-
-    role: str
-    checkpoint: Path
-    model: AnyModel
-
-    @property
-    def name(self) -> str:
-        """The words by which messages call it."""
-        return f"init.{self.role} ({self.checkpoint})"
-
-
-@dataclass
-class Account:
-    """What became of every tensor: where the model's come from, and what was not taken."""
-
-    loaded: dict[str, str] = field(default_factory=dict)
-    """Name in the model: `role:name in the checkpoint`."""
-    new: list[str] = field(default_factory=list)
-    unused: list[str] = field(default_factory=list)
-    """`role:name in the checkpoint`."""
-
-    def table(self) -> str:
-        """What happened, name, from where, and how many; a line stands for all blocks of the encoder."""
-        lines = [("loaded", name, f"from {source.partition(':')[0]}") for name, source in self.loaded.items()]
-        lines += [("new", name, "") for name in self.new]
-        lines += [("unused", name, "") for name in self.unused]
-        counts = Counter((what, _BLOCK.sub("blocks.*.", name), source) for what, name, source in lines)
-        return "\n".join(
-            f"  {what:<7} {name} {source}".rstrip() + (f" x {count}" if count > 1 else "")
-            for (what, name, source), count in counts.items()
-        )
 
 
 def initialise(model: nn.Module, recipe: Recipe, peers: Peers) -> dict[str, Any]:
@@ -84,12 +49,14 @@ def initialise(model: nn.Module, recipe: Recipe, peers: Peers) -> dict[str, Any]
     origins = peers.on_main(lambda: find_origins(init))
     account = peers.together(lambda: load_initial(model, recipe, origins))
     if peers.world.is_main:
-        counts = len(account.loaded), len(account.new), len(account.unused)
-        log.info("initial weights: %d tensors loaded, %d new, %d unused\n%s", *counts, account.table())
+        counts = len(account.loaded), len(account.resized), len(account.new), len(account.unused)
+        words = "initial weights: %d tensors loaded, %d resized, %d new, %d unused\n%s"
+        log.info(words, *counts, account.table())
     return {
         "from": {origin.role: str(origin.checkpoint) for origin in origins},
         "ema": init.ema,
         "loaded": account.loaded,
+        "resized": account.resized,
         "new": account.new,
         "unused": account.unused,
     }
@@ -102,7 +69,8 @@ def find_origins(init: Init) -> list[Origin]:
         RecipeError: a folder that is no run.
         CheckpointError: no valid checkpoint there.
     """
-    named = {"weights": init.weights, "tubes": init.tubes, "encoder": init.encoder}
+    image = init.image.run if init.image else None
+    named = {"weights": init.weights, "tubes": init.tubes, "encoder": init.encoder, "image": image}
     return [_find(role, Path(folder)) for role, folder in named.items() if folder is not None]
 
 
@@ -132,15 +100,21 @@ def load_initial(model: nn.Module, recipe: Recipe, origins: Sequence[Origin]) ->
     """
     assert recipe.init is not None
     account = Account()
+    may_be_new = (HEADS,) if "weights" in (origin.role for origin in origins) else (HEADS, GATE)
     for origin in origins:
-        rename = _rules(recipe.model, origin)
-        _take(model, origin, _tensors(origin, recipe.init.ema), rename, account)
-    missing = [name for name in model.state_dict() if name not in account.loaded]
-    gate = () if "weights" in (origin.role for origin in origins) else (GATE,)
-    account.new = [name for name in missing if name.startswith((HEADS, *gate))]
+        tensors = _tensors(origin, recipe.init.ema)
+        if origin.role == "image":
+            assert recipe.init.image is not None
+            may_be_new = take_image(model, recipe.model, recipe.init.image, origin, tensors, account)
+            continue
+        if _became_classifier(recipe.model, origin):
+            may_be_new = (*may_be_new, "pool_norm.")
+        _take(model, origin, tensors, _rules(recipe.model, origin), account)
+    missing = [name for name in model.state_dict() if name not in {**account.loaded, **account.resized}]
+    account.new = [name for name in missing if any(f".{part}" in f".{name}" for part in may_be_new)]
     if lacking := [name for name in missing if name not in account.new]:
         raise RecipeError(
-            f"{' and '.join(origin.name for origin in origins)}: {_some(lacking)} in this recipe's "
+            f"{' and '.join(origin.name for origin in origins)}: {some(lacking)} in this recipe's "
             "model, but not there; only classifiers may be new. Make `model` say what that run says"
         )
     return account
@@ -174,6 +148,10 @@ def _take(
             account.unused.append(source)
         elif target is None:
             unknown.append(name)
+        elif target.shape != tensor.shape and name.endswith(PLACES) and target.ndim == tensor.ndim:
+            grid, change = resize_places(tensor, target.shape)
+            target.copy_(grid)
+            account.resized[wanted] = f"{source} ({change})"
         elif target.shape != tensor.shape:
             raise RecipeError(
                 f"{origin.name}: {name} has the shape {list(tensor.shape)}, and {list(target.shape)} in this "
@@ -184,7 +162,7 @@ def _take(
             account.loaded[wanted] = source
     if unknown:
         raise RecipeError(
-            f"{origin.name}: {_some(unknown)} there, but not in this recipe's model; only classifiers may be "
+            f"{origin.name}: {some(unknown)} there, but not in this recipe's model; only classifiers may be "
             "left out. Make `model` say what that run says"
         )
 
@@ -196,6 +174,9 @@ def _rules(model: AnyModel, origin: Origin) -> Callable[[str], str | None]:
         RecipeError: the run is of another kind than its role needs.
     """
     if origin.role == "weights":
+        if _became_classifier(model, origin):
+            _check_same_model(model, origin, "pretrain")
+            return lambda name: None if name.startswith(("decoder.", "norm.")) else name
         _check_same_model(model, origin)
         return lambda name: name
     if not isinstance(model, Model) or not isinstance(origin.model, Model):
@@ -208,6 +189,16 @@ def _rules(model: AnyModel, origin: Origin) -> Callable[[str], str | None]:
     _check_same_model(model, origin, "scale_up", "tubes", "tube_set", "kernels", "interpolate_2d")
     numbers = _image_tubes(model, origin.model, origin)
     return lambda name: name if not name.startswith("tokenizer.") else _renumber(name, numbers)
+
+
+def _became_classifier(model: AnyModel, origin: Origin) -> bool:
+    """Whether the weights of a masked autoencoder are to become a classifier."""
+    return (
+        isinstance(model, VideoMAE)
+        and isinstance(origin.model, VideoMAE)
+        and model.pretrain is None
+        and origin.model.pretrain is not None
+    )
 
 
 def _renumber(name: str, numbers: Mapping[int, int]) -> str | None:
@@ -257,11 +248,7 @@ def _image_tubes(model: Model, large: Model, origin: Origin) -> dict[int, int]:
 
 def _check_same_model(model: AnyModel, origin: Origin, *no_matter: str) -> None:
     """Refuse another size; say what else differs, which need not show in the shapes of the weights."""
-    ours, theirs = size_of(model), size_of(origin.model)
-    if ours != theirs:
-        raise RecipeError(
-            f"{origin.name} is of another model: {_numbers(theirs)}. This recipe's has {_numbers(ours)}"
-        )
+    check_same_size(model, origin)
     before, after = origin.model.model_dump(), model.model_dump()
     others = [
         key
@@ -276,13 +263,3 @@ def _check_same_model(model: AnyModel, origin: Origin, *no_matter: str) -> None:
             origin.name,
             ", model.".join(others),
         )
-
-
-def _numbers(size: Size) -> str:
-    return f"width {size.width}, depth {size.depth}, {size.heads} heads, MLP {size.mlp_width}"
-
-
-def _some(names: Sequence[str]) -> str:
-    """The first few names, and `is` or `are`."""
-    shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-    return f"{shown} {'is' if len(names) == 1 else 'are'}"

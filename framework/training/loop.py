@@ -20,6 +20,7 @@ from framework.errors import CheckpointError, TrainingStopped, TubeworksError
 from framework.forecast.memory_advice import memory_explained
 from framework.models.registry import build_model, inputs_of
 from framework.recipe import recipe_hash
+from framework.recipe.model_sections import reconstructs
 from framework.recipe.schema import Recipe
 from framework.tracking.mirror import Status
 from framework.training.agreement import agreed_signal
@@ -181,7 +182,8 @@ def run_steps(session: Session, recorder: Recorder) -> int:
     recipe, peers = session.recipe, session.peers
     steps, accumulation = recipe.train.steps, recipe.train.accumulation
     weights = {name: recipe.data.sources[name].loss_weight for name in recipe.data.mixture}
-    targets = {name: recipe.data.sources[name].targets for name in recipe.data.mixture}
+    blind = reconstructs(recipe.model)
+    targets = {name: None if blind else recipe.data.sources[name].targets for name in recipe.data.mixture}
     meters = Meters(targets, session.device)
     feed = Feed(session)
     collapse = CollapseGuard(recipe, shares_of_classes(session))

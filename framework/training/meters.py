@@ -19,9 +19,10 @@ __all__ = ["Meters"]
 class Meters:
     """Losses and hits per source, time spent waiting for data, and the stages of the data workers."""
 
-    def __init__(self, sources: Mapping[str, TargetSpec], device: torch.device) -> None:
+    def __init__(self, sources: Mapping[str, TargetSpec | None], device: torch.device) -> None:
+        """Start; a source without targets has losses alone."""
         self._targets = dict(sources)
-        self._names = {name: accuracy_names(targets) for name, targets in sources.items()}
+        self._names = {name: accuracy_names(targets) if targets else [] for name, targets in sources.items()}
         self._device = device
         self.reset()
 
@@ -38,9 +39,10 @@ class Meters:
 
     def add(self, source: str, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
         """Count a micro-batch of a source: mean loss, (batch, classes) logits, labels as of `Group`."""
-        hits = right_answers(self._targets[source], logits, labels).sum(dim=1).double()
-        count = torch.full_like(hits[:1], labels.shape[0])
-        self._sums[source] += torch.cat([loss.detach().double() * count, count, hits])
+        targets = self._targets[source]
+        hits = right_answers(targets, logits, labels).sum(dim=1) if targets else loss.new_zeros(0)
+        count = torch.full((1,), labels.shape[0], dtype=torch.float64, device=loss.device)
+        self._sums[source] += torch.cat([loss.detach().double() * count, count, hits.double()])
 
     def step_done(self, waited: float, stages: Iterable[Mapping[str, float]]) -> None:
         """Count a step: seconds waited for its data, and what its workers spent on each stage."""

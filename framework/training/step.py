@@ -21,7 +21,10 @@ __all__ = ["micro_step"]
 def micro_step(
     engine: Any, batch: Batch, sources: Mapping[str, Source], device: torch.device, meters: Meters
 ) -> Tensor:
-    """The weighted sum of the sources' losses on one micro-batch, ready for `engine.backward`."""
+    """The weighted sum of the sources' losses on one micro-batch, ready for `engine.backward`.
+
+    A model that learns from pixels alone gives the losses itself, where others give logits.
+    """
     pixels: dict[str, Tensor] = {}
     seeds: dict[str, Tensor] = {}
     mixings = {}
@@ -35,11 +38,15 @@ def micro_step(
             frames = mix_pixels(frames, mixing)
         pixels[name] = frames
     logits = engine(pixels, seeds)
+    own_losses = engine.module.returns_losses
     total = torch.zeros((), device=device)
     for name, group in batch.groups.items():
         labels = group.labels.to(device, non_blocking=True)
         source = sources[name]
-        loss = source_loss(source.targets, logits[name], labels, source.label_smoothing, mixings[name])
+        if own_losses:
+            loss = logits[name].mean()
+        else:
+            loss = source_loss(source.targets, logits[name], labels, source.label_smoothing, mixings[name])
         meters.add(name, loss, logits[name].detach(), labels)
         total = total + sources[name].loss_weight * loss
     return total
