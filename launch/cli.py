@@ -6,6 +6,8 @@ Whatever takes long to import (torch, DeepSpeed, MLflow, pydantic) is imported i
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import errno
 import json
 import logging
@@ -22,6 +24,7 @@ from framework import __version__
 from framework.errors import TubeworksError
 from framework.world import World
 from launch.checkpoint_cli import checkpoint_app
+from launch.launch_cli import app as launch_app
 
 __all__ = ["app", "main"]
 
@@ -75,6 +78,7 @@ recipe_app = typer.Typer(no_args_is_help=True, help="Look at recipes.")
 app.add_typer(data_app, name="data")
 app.add_typer(recipe_app, name="recipe")
 app.add_typer(checkpoint_app, name="ckpt")
+app.add_typer(launch_app, name="launch")
 
 RecipeName = Annotated[
     str, typer.Argument(metavar="RECIPE", help="Path of a recipe, or name of an installed one.")
@@ -268,7 +272,26 @@ def recipe_list(as_json: AsJson = False) -> None:
 
 def main() -> None:
     """Run the command line; leaves the process with the exit code."""
-    app()
+    try:
+        app()
+    except SystemExit as leaving:
+        if "torch.distributed" in sys.modules:
+            _leave(leaving.code)
+        raise
+
+
+def _leave(code: object) -> None:
+    """End the process without taking the interpreter apart, when all is written and closed.
+
+    Threads of gloo and of others live to the end, and one that meets a half dismantled interpreter aborts
+    the process: a training that was saved would look like a crash.
+    """
+    logging.shutdown()
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # nobody reads it any more
+            stream.flush()
+    os._exit(code if isinstance(code, int) else 0 if code is None else 1)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ ranks are started here as processes, watched together, and ended together.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
@@ -134,6 +135,7 @@ def run_ranks(arguments: Sequence[str], ranks: int, logs: Path) -> int:
     code = codes[failed] or 0
     _explain(failed, code, codes, logs / f"rank-{failed}.log")
     _accuse(logs.parent, codes, began)
+    _leave_no_trace(logs, codes)
     if Hang.exit_code in codes:
         return Hang.exit_code
     return code if code >= 0 else 128 - code
@@ -206,11 +208,24 @@ def _forward_signals(processes: Sequence[subprocess.Popen[bytes]]) -> dict[int, 
                 process.send_signal(number)
 
     handlers: dict[int, Any] = {}
-    for number in (signal.SIGTERM, signal.SIGUSR2):
-        handlers[number] = signal.signal(number, forward)
+    for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as `nohup` has asked for
+            handlers[number] = signal.signal(number, forward)
     from_terminal = sys.stdin is not None and sys.stdin.isatty()
     handlers[signal.SIGINT] = signal.signal(signal.SIGINT, (lambda *_: None) if from_terminal else forward)
     return handlers
+
+
+def _leave_no_trace(logs: Path, codes: Sequence[int | None]) -> None:
+    """If all ranks refused to begin, as they have said, leave no folder that looks like a run."""
+    crashed = any(code is None or code < 0 or code == 1 for code in codes)
+    if crashed or (logs.parent / "run.json").exists():
+        return
+    with contextlib.suppress(OSError):  # the folder was there before, with files of others
+        for log in logs.glob("rank-*.log"):
+            log.unlink()
+        logs.rmdir()
+        logs.parent.rmdir()
 
 
 def _accuse(run: Path, codes: Sequence[int | None], began: float) -> None:

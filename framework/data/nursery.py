@@ -148,7 +148,7 @@ def _collect(pid: int) -> int | None:
 
 def _leave_signals_to_the_rank(parent: int) -> None:
     """A scheduler signals whole process groups; the rank finishes its step then, and ends us itself."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_SET_DEATH_SIGNAL, signal.SIGKILL)

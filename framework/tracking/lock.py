@@ -33,8 +33,18 @@ class RunLock:
         except OSError:  # ENOLCK, ENOTSUP: no locks here
             os.close(file)
             return True
+        if not self._is_ours(file):  # whoever held it has taken the file away with it
+            os.close(file)
+            return self.acquire()
         self._file = file
         return True
+
+    def _is_ours(self, file: int) -> bool:
+        """Whether the open file is still the one of this name."""
+        try:
+            return os.path.samestat(os.fstat(file), os.stat(self.path))
+        except FileNotFoundError:
+            return False
 
     def release(self) -> None:
         """Give it back; a second call does nothing."""

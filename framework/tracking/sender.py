@@ -45,7 +45,15 @@ EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 """Model training, which is not what MLflow takes for granted."""
 ATTEMPT_TAGS = ("host", "world_size", "git.commit", "git.dirty")
 """What is kept of every later attempt; the tags of these names are those of the last one."""
-ARTIFACTS = ("recipe.yaml", "run.json", "git*.diff", "pictures/*.png", "evaluations/*.json", "postmortem/*")
+ARTIFACTS = (
+    "recipe.yaml",
+    "run.json",
+    "git*.diff",
+    "pictures/*.png",
+    "evaluations/*.json",
+    "postmortem/*",
+    "profiles/*",
+)
 
 
 @dataclass(frozen=True)

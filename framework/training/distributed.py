@@ -100,6 +100,15 @@ class Peers:
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self._group)
         return tensor.tolist()
 
+    def exchange(self, values: Sequence[float]) -> list[list[float]]:
+        """A few numbers of every rank, in the order of ranks, on every rank."""
+        if self.world.size == 1:
+            return [list(values)]
+        mine = torch.tensor(values, dtype=torch.float64)
+        shares = [torch.empty_like(mine) for _ in range(self.world.size)]
+        dist.all_gather(shares, mine, group=self._group)
+        return [share.tolist() for share in shares]
+
     def gather(self, value: Any) -> list[Any]:
         """The value of every rank, in the order of ranks, on every rank."""
         if self.world.size == 1:

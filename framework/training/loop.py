@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import platform
 import signal
 import time
 from collections.abc import Iterator
@@ -16,8 +17,7 @@ from framework.data.labels import class_shares
 from framework.data.loader import Batch, training_batches
 from framework.data.plan import Plan
 from framework.data.sources import OpenSource, build_plan, open_sources
-from framework.errors import CheckpointError, TrainingStopped, TubeworksError
-from framework.forecast.memory_advice import memory_explained
+from framework.errors import CheckpointError, TubeworksError
 from framework.models.registry import build_model, inputs_of
 from framework.recipe import recipe_hash
 from framework.recipe.model_sections import reconstructs
@@ -27,23 +27,23 @@ from framework.training.agreement import agreed_signal
 from framework.training.checkpoint import CheckpointReader, choose_checkpoint
 from framework.training.counters import Counters
 from framework.training.distributed import Peers, choose_device, start_process_group
-from framework.training.engine import start_engine, unsharded_norm
+from framework.training.engine import start_engine
 from framework.training.feed import Feed, agreed_quarantine, begin_ledger, commit_ledger
 from framework.training.guards import CollapseGuard, DeadGuard
 from framework.training.held_out import evaluate_held_out
 from framework.training.initial import initialise
 from framework.training.memory import collected_by_hand, returned_memory
 from framework.training.meters import Meters
-from framework.training.optim import learning_rate
-from framework.training.recorder import ENDINGS, Recorder
+from framework.training.numbers import NumbersGuard, Rollback
+from framework.training.recorder import Recorder
 from framework.training.retention import prune
 from framework.training.run_folder import append_event, check_continuation, held_alone, open_run
 from framework.training.saver import Saver, tidy
 from framework.training.session import Session
 from framework.training.signals import SignalFlag
 from framework.training.state import TrainState
-from framework.training.step import micro_step
 from framework.training.transfer import on_device
+from framework.training.update import Outcome, take_step
 from framework.watch.attempts import close_attempt
 from framework.watch.heart import Heart
 from framework.watch.sentinel import SLOW
@@ -52,11 +52,6 @@ from framework.world import World
 __all__ = ["train"]
 
 log = logging.getLogger(__name__)
-
-LOWER_THE_RATE = (
-    "lower optimizer.lr or raise schedule.warmup. The run's last checkpoint is from before; a changed recipe "
-    "needs a new --run folder"
-)
 
 
 def train(recipe: Recipe, run: Path, world: World, signals: SignalFlag, heart: Heart) -> int:
@@ -70,29 +65,52 @@ def train(recipe: Recipe, run: Path, world: World, signals: SignalFlag, heart: H
     device = choose_device(world)
     peers = start_process_group(world, device, 2 * SLOW * recipe.guards.hang_seconds)
     with held_alone(run, peers):
-        session = prepare(recipe, run, device, peers, signals, heart)
-        attempt = peers.on_main(lambda: record_attempt(session))
-        heart.begin(attempt, session.start, peers.collectives)
-        recorder = Recorder(session, attempt)
-        status: Status = "FAILED"
-        stopped_by = 0
-        try:
-            with closing(session.batches), collected_by_hand(), settled(session.saver):
-                stopped_by = run_steps(session, recorder)
-            heart.beat("finish")
-            if not stopped_by:
-                recorder.finished(recipe.train.steps)
-                recorder.evaluated(recipe.train.steps, evaluate_held_out(session))
-                stopped_by = agreed_signal(session)
-            status = "KILLED" if stopped_by else "FINISHED"
-        except BaseException as error:
-            heart.failed(error)
-            raise
-        finally:
-            recorder.close(status)
-            if world.is_main:
-                cause = ENDINGS[status] + (f" by {signal.Signals(stopped_by).name}" if stopped_by else "")
-                close_attempt(run, attempt, cause=cause, end_step=session.done)
+        while True:
+            try:
+                return attempt_run(recipe, run, device, peers, signals, heart)
+            except Rollback as rollback:
+                log.warning("%s", rollback)
+            gc.collect()  # what the attempt held: the model, DeepSpeed's buffers
+
+
+def attempt_run(
+    recipe: Recipe, run: Path, device: torch.device, peers: Peers, signals: SignalFlag, heart: Heart
+) -> int:
+    """One attempt, from the newest valid checkpoint on; returns the signal that ended it early, or 0.
+
+    Errors:
+        Rollback: on all ranks, when the next attempt is to begin at once in the same processes.
+    """
+    heart.beat("start")
+    session = prepare(recipe, run, device, peers, signals, heart)
+    hosts = list(dict.fromkeys(peers.gather(platform.node())))
+    attempt = peers.on_main(lambda: record_attempt(session, hosts))
+    heart.begin(attempt, session.start, peers.collectives)
+    recorder = Recorder(session, attempt)
+    status: Status = "FAILED"
+    cause, stopped_by = "failed", 0
+    try:
+        with closing(session.batches), collected_by_hand(), settled(session.saver):
+            stopped_by = run_steps(session, recorder)
+        heart.beat("finish")
+        if not stopped_by:
+            recorder.finished(recipe.train.steps)
+            recorder.evaluated(recipe.train.steps, evaluate_held_out(session))
+            stopped_by = agreed_signal(session)
+        status, cause = ("KILLED", "stopped") if stopped_by else ("FINISHED", "finished")
+    except Rollback:
+        status, cause = "KILLED", "rollback"
+        session.engine.destroy()
+        raise
+    except BaseException as error:
+        heart.failed(error)
+        raise
+    finally:
+        session.requests.close(session.done)
+        recorder.close(status)
+        if peers.world.is_main:
+            cause += f" by {signal.Signals(stopped_by).name}" if stopped_by else ""
+            close_attempt(run, attempt, cause=cause, end_step=session.done)
     return stopped_by
 
 
@@ -145,6 +163,7 @@ def prepare(
         batches,
         on_device(batches, device),
         heart,
+        NumbersGuard(recipe),
         engine,
         state,
         saver,
@@ -168,9 +187,11 @@ def open_data(recipe: Recipe, world: World) -> tuple[dict[str, OpenSource], dict
     return sources, held_out, plan
 
 
-def record_attempt(session: Session) -> int:
+def record_attempt(session: Session, hosts: list[str]) -> int:
     """Write down that an attempt begins, and with which weights; returns its number."""
-    attempt = open_run(session.run, session.recipe, session.peers.world, session.plan.hash, session.start)
+    attempt = open_run(
+        session.run, session.recipe, session.peers.world, session.plan.hash, session.start, hosts
+    )
     begin_ledger(session, attempt)
     if session.origin:
         append_event(session.run, "initialised", session.start, **session.origin)
@@ -188,7 +209,7 @@ def run_steps(session: Session, recorder: Recorder) -> int:
     feed = Feed(session)
     collapse = CollapseGuard(recipe, shares_of_classes(session))
     dead = DeadGuard(session.engine.module, recipe)
-    counters = Counters(meters=meters, collapse=collapse, dead=dead)
+    counters = Counters(meters=meters, collapse=collapse, dead=dead, numbers=session.guard)
     counters.restore(session.counted, peers.world.rank, peers.world.size)
     for step in range(session.start, steps):
         session.heart.beat("data", step)
@@ -197,18 +218,20 @@ def run_steps(session: Session, recorder: Recorder) -> int:
         waited = time.perf_counter() - began
         recorder.fed(step, micro_batches)
 
-        lr, norm = take_step(session, step, micro_batches, meters)
+        taken = take_step(session, step, micro_batches, meters)
+        session.heart.beat("record")
+        finish_step(session, step, taken, micro_batches)
+        session.saver.advance(*taken.agreed.saving)
         dead.step_done()
 
         done = session.done = step + 1
-        session.heart.beat("agree")
         meters.step_done(waited, (batch.seconds for batch in micro_batches))
-        stop = agreed_signal(session)
-        session.heart.beat("record")
+        command = taken.agreed.command
+        asked = session.requests.begin(command, taken.agreed.number, done)
+        stop = taken.agreed.stop or asked
         if done % recipe.train.log_every == 0 or done == steps or stop:
-            metrics = meters.collect(peers, weights) | optimizer_metrics(session, lr, norm)
+            metrics = meters.collect(peers, weights) | optimizer_metrics(session, taken)
             recorder.log(done, metrics)
-            stop_if_not_finite(metrics, done)
             dead.look(done, peers)
             collapse.look(done, metrics)
             meters.reset()
@@ -217,8 +240,9 @@ def run_steps(session: Session, recorder: Recorder) -> int:
         if stop:
             recorder.stopping(stop)
         last = done == steps or bool(stop)
-        if last or done % recipe.checkpoint.every == 0:
-            save(session, done, counters, wait=last)
+        if last or command == "checkpoint" or done % recipe.checkpoint.every == 0:
+            save(session, done, counters, wait=last or command == "checkpoint")
+        session.requests.finish(command, done)
         if recipe.train.eval_every and done % recipe.train.eval_every == 0 and done < steps and not stop:
             recorder.evaluated(done, evaluate_held_out(session))
             stop = agreed_signal(session)
@@ -239,56 +263,23 @@ def shares_of_classes(session: Session) -> dict[str, list[float]]:
     return {n: class_shares(s).tolist() for n, s in sources if s.source.target == "multi"}
 
 
-def take_step(
-    session: Session, step: int, micro_batches: list[Batch], meters: Meters
-) -> tuple[float, torch.Tensor | None]:
-    """Forward, backward and update; returns the learning rate, and under ZeRO-0 the gradients' norm."""
-    recipe, engine = session.recipe, session.engine
-    lr = learning_rate(step, base=recipe.optimizer.lr, steps=recipe.train.steps, schedule=recipe.schedule)
-    for group in engine.optimizer.param_groups:
-        group["lr"] = lr
-    norm = None
-    with memory_explained(recipe, session.peers.world, session.device):
-        for micro, batch in enumerate(micro_batches):
-            samples = {name: group.index for name, group in batch.groups.items()}
-            session.heart.beat("forward", step, micro, samples)
-            loss = micro_step(engine, batch, recipe.data.sources, session.device, meters)
-            session.heart.beat("backward", step, micro)
-            engine.backward(loss)
-            norm = unsharded_norm(engine)
-            session.heart.beat("update", step, micro)
-            engine.step()
-    finish_step(session, step)
-    return lr, norm
+def finish_step(session: Session, step: int, taken: Outcome, micro_batches: list[Batch]) -> None:
+    """Follow up on the optimizer and on the numbers.
 
-
-def finish_step(session: Session, step: int) -> None:
-    """Follow up on the optimizer: DeepSpeed skips a step with NaN or Inf gradients without a word."""
-    if session.engine.was_step_applied():
+    Errors:
+        Rollback, TrainingStopped: see `framework.training.numbers`.
+    """
+    if taken.applied:
         session.state.update_average()
-        return
-    session.skipped += 1
-    log.warning(
-        "step %d was not applied: its gradients are not finite (%d skipped so far)", step + 1, session.skipped
-    )
-    session.peers.on_main(
-        lambda: append_event(session.run, "skipped", step + 1, reason="gradients are not finite")
-    )
+    session.guard.follow_up(session, step, taken.verdict, taken.applied, taken.numbers, micro_batches)
 
 
-def optimizer_metrics(session: Session, lr: float, unsharded: torch.Tensor | None) -> dict[str, float]:
+def optimizer_metrics(session: Session, taken: Outcome) -> dict[str, float]:
     """Learning rate, gradient norm (before clipping), skipped steps, and what the model has to show."""
-    norm = session.engine.get_global_grad_norm() if unsharded is None else unsharded
+    norm = session.engine.get_global_grad_norm() if taken.norm is None else taken.norm
     skipped = float(session.skipped)
-    metrics = {"train/lr": lr, "train/grad_norm": float(norm), "train/skipped_steps": skipped}
+    metrics = {"train/lr": taken.lr, "train/grad_norm": float(norm), "train/skipped_steps": skipped}
     return metrics | getattr(session.engine.module, "telemetry", dict)()
-
-
-def stop_if_not_finite(metrics: dict[str, float], step: int) -> None:
-    """End a run whose loss is NaN or infinite; every rank sees the same number."""
-    loss = metrics["train/loss"]
-    if not torch.isfinite(torch.tensor(loss)):
-        raise TrainingStopped(f"the loss at step {step} is {loss}: {LOWER_THE_RATE}")
 
 
 def save(session: Session, step: int, counters: Counters, wait: bool) -> None:

@@ -42,6 +42,7 @@ def train_rank(recipe: Recipe, run: Path, world: World) -> int:
         return _train(recipe, run, world, signals, heart)
     finally:
         heart.end()
+        signals.end()
 
 
 def _train(recipe: Recipe, run: Path, world: World, signals: SignalFlag, heart: Heart) -> int:

@@ -23,7 +23,7 @@ from framework.training.run_folder import append_event
 from framework.training.saver import Saved
 from framework.training.session import Session
 
-__all__ = ["ENDINGS", "Recorder"]
+__all__ = ["Recorder"]
 
 log = logging.getLogger(__name__)
 

@@ -11,10 +11,11 @@ RUN/checkpoints/     see framework.training.checkpoint
 
 from __future__ import annotations
 
+import contextlib
 import json
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,9 @@ MAY_CHANGE = (
 """What may differ when a run goes on: it changes no batch and no loss (the plan's hash holds the shards)."""
 
 
-def open_run(run: Path, recipe: Recipe, world: World, plan_hash: str, start_step: int) -> int:
+def open_run(
+    run: Path, recipe: Recipe, world: World, plan_hash: str, start_step: int, hosts: Sequence[str]
+) -> int:
     """Write down that an attempt begins (rank 0 only); returns the attempt's number, from 0.
 
     Errors:
@@ -86,6 +89,7 @@ def open_run(run: Path, recipe: Recipe, world: World, plan_hash: str, start_step
             "start_step": start_step,
             "ranks": world.size,
             "host": platform.node(),
+            "hosts": list(hosts),
             "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
     )
@@ -138,7 +142,21 @@ def held_alone(run: Path, peers: Peers) -> Iterator[None]:
     try:
         yield
     finally:
+        if peers.world.is_main:
+            leave_no_trace(run, lock)
         lock.release()
+
+
+def leave_no_trace(run: Path, lock: RunLock) -> None:
+    """If nothing began in the folder, take the lock file away, and the folder if it is empty then.
+
+    Whoever has opened the lock meanwhile sees that it is another file now, and opens it again.
+    """
+    if (run / "run.json").exists():
+        return
+    with contextlib.suppress(OSError):  # others' files, or a folder that cannot be written
+        lock.path.unlink(missing_ok=True)
+        run.rmdir()
 
 
 def take_alone(run: Path, lock: RunLock) -> None:

@@ -15,6 +15,8 @@ from framework.data.plan import Plan
 from framework.data.sources import OpenSource
 from framework.recipe.schema import Recipe
 from framework.training.distributed import Peers
+from framework.training.numbers import NumbersGuard
+from framework.training.requests import Requests
 from framework.training.saver import Saver
 from framework.training.signals import SignalFlag
 from framework.training.state import TrainState
@@ -43,6 +45,8 @@ class Session:
     """Those micro-batches, on the device."""
     heart: Heart
     """Tells the sentinel of this rank where it is."""
+    guard: NumbersGuard
+    """Judges the numbers of every step."""
     engine: Any
     """DeepSpeed's engine; its `module` is the model."""
     state: TrainState
@@ -60,5 +64,9 @@ class Session:
     ledger: Ledger = field(init=False)
     """What this rank has fed since the last checkpoint."""
 
+    requests: Requests = field(init=False)
+    """What an operator asks of this training."""
+
     def __post_init__(self) -> None:
         self.ledger = Ledger(self.start)
+        self.requests = Requests(self.run, is_main=self.peers.world.is_main)

@@ -13,8 +13,8 @@ import threading
 
 __all__ = ["HANDLED", "SignalFlag"]
 
-HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
-"""Ctrl-C, the scheduler's end, and the scheduler's warning."""
+HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP)
+"""Ctrl-C, the scheduler's end, the scheduler's warning, and a terminal that is gone."""
 
 
 class SignalFlag:
@@ -25,8 +25,12 @@ class SignalFlag:
     """
 
     def __init__(self) -> None:
-        signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED)
+        # `sigwait` would also take what `nohup` has asked to ignore.
+        ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()
+        self._handled = set(HANDLED) - ignored
+        signal.pthread_sigmask(signal.SIG_BLOCK, self._handled)
         self._received = 0
+        self._over = False
         self._thread = threading.Thread(target=self._wait, name="signals", daemon=True)
         self._thread.start()
 
@@ -35,9 +39,19 @@ class SignalFlag:
         """Number of the signal that asked to stop, or 0."""
         return self._received
 
+    def end(self) -> None:
+        """End the thread; signals stay blocked, so nothing interrupts what is left to do."""
+        self._over = True
+        while self._thread.is_alive():
+            assert self._thread.ident is not None
+            signal.pthread_kill(self._thread.ident, signal.SIGUSR2)
+            self._thread.join(0.1)
+
     def _wait(self) -> None:
         while True:
-            number = signal.sigwait(HANDLED)
+            number = signal.sigwait(self._handled)
+            if self._over:
+                return
             if self._received and number == signal.SIGINT:
                 # The user insists: leave at once, the last committed checkpoint stays valid.
                 os._exit(128 + number)

@@ -14,12 +14,18 @@ from framework.training.meters import Meters
 
 if TYPE_CHECKING:  # a step needs no shards, and `benchmarks.train_step` runs where their libraries are not
     from framework.data.loader import Batch
+    from framework.training.numbers import StepNumbers
 
 __all__ = ["micro_step"]
 
 
 def micro_step(
-    engine: Any, batch: Batch, sources: Mapping[str, Source], device: torch.device, meters: Meters
+    engine: Any,
+    batch: Batch,
+    sources: Mapping[str, Source],
+    device: torch.device,
+    meters: Meters,
+    numbers: StepNumbers | None = None,
 ) -> Tensor:
     """The weighted sum of the sources' losses on one micro-batch, ready for `engine.backward`.
 
@@ -48,5 +54,9 @@ def micro_step(
         else:
             loss = source_loss(source.targets, logits[name], labels, source.label_smoothing, mixings[name])
         meters.add(name, loss, logits[name].detach(), labels)
+        if numbers is not None:
+            numbers.add(name, group.index, logits[name])
         total = total + sources[name].loss_weight * loss
+    if numbers is not None:
+        numbers.micro_batch_done(total)
     return total

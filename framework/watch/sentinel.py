@@ -269,11 +269,14 @@ def stacks_of(watched: Watched) -> str:
 
 
 def _children(watched: Watched) -> list[int]:
-    """Children of the rank that would answer; the signal would end others."""
-    found = []
-    for path in Path(f"/proc/{watched.pid}/task").glob("*/children"):
-        with contextlib.suppress(OSError):
-            found += [int(pid) for pid in path.read_text().split()]
+    """Processes below the rank that would answer; the signal would end others."""
+    found, parents = [], [watched.pid]
+    while parents:
+        parent = parents.pop(0)
+        for path in Path(f"/proc/{parent}/task").glob("*/children"):
+            with contextlib.suppress(OSError):
+                parents += [int(pid) for pid in path.read_text().split()]
+        found += [parent] if parent != watched.pid else []
     bit = 1 << (watched.signal - 1)
     return [pid for pid in found if int(_status(pid).get("SigCgt", "0"), 16) & bit]
 

@@ -196,3 +196,22 @@ def test_ranks_that_cannot_share_the_batch_are_not_started(
     with pytest.raises(RecipeError, match="not divisible by 9999: motion: 32, digits: 96"):
         local.train_command("demo", [], 9999, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_ranks_that_refuse_to_begin_leave_nothing_behind(tmp_path: Path) -> None:
+    code, _, _ = finish(run_program(tmp_path, "print('no', file=sys.stderr); sys.exit(3)"))
+    assert code == 3
+    assert not (tmp_path / "logs").exists()
+
+
+def test_the_logs_of_a_crash_stay(tmp_path: Path) -> None:
+    code, _, _ = finish(run_program(tmp_path, "print('oh', file=sys.stderr); sys.exit(rank)"))
+    assert code == 1
+    assert "oh" in (tmp_path / "logs" / "rank-1.log").read_text()
+
+
+def test_a_hang_has_its_code_whoever_had_to_be_killed(tmp_path: Path) -> None:
+    program = "os.kill(os.getpid(), signal.SIGKILL) if rank else sys.exit(7)"
+    code, said, _ = finish(run_program(tmp_path, program))
+    assert code == 7
+    assert "rank 1 was ended by SIGKILL" in said

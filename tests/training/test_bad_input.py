@@ -73,6 +73,7 @@ def test_a_shard_that_is_short(recipe_file: Path, own_shards: Path, tmp_path: Pa
 def test_no_shards_at_all(recipe_file: Path, tmp_path: Path) -> None:
     job = start_training(recipe_file, tmp_path / "run", 1, *over(tmp_path / "nowhere"))
     assert_refused(job, 3, str(tmp_path / "nowhere"))
+    assert not (tmp_path / "run").exists(), "nothing began, so nothing is left behind"
 
 
 def test_held_out_shards_are_looked_at_before_the_first_step(recipe_file: Path, tmp_path: Path) -> None:
@@ -161,6 +162,7 @@ def test_a_rate_that_is_far_too_high(recipe_file: Path, tmp_path: Path) -> None:
         "optimizer.clip=null",
         "schedule.warmup=0",
         "checkpoint.every=1",
+        "guards.bad_limit=3",
     )
     assert_refused(job, 5, "optimizer.lr", "schedule.warmup", "new --run folder")
     for folder in (run / "checkpoints").glob("*"):

@@ -59,7 +59,7 @@ def test_killed_between_checkpoints_and_started_again(recipe_file: Path, tmp_pat
     assert [attempt["start_step"] for attempt in attempts] == [0, 20]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2, signal.SIGHUP])
 def test_asked_to_stop_by_a_signal_to_one_rank(
     recipe_file: Path, tmp_path: Path, whole: Path, number: signal.Signals
 ) -> None:

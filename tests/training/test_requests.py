@@ -1,0 +1,87 @@
+"""What an operator asks of a running training is done by all ranks, answered, and changes no number."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+from rank_processes import journalled, start_training, wait_for_step
+
+from framework.errors import TubeworksError
+from framework.training.checkpoint_manifest import checkpoint_folders
+from framework.training.requests import excluded_nodes
+from framework.watch.attempts import attempts_of
+from framework.watch.control import read_request, send_request
+from launch.control import control_command
+
+LONG = ("train.steps=4000", "checkpoint.every=4000", "guards.hang_seconds=20")
+
+
+def test_the_life_of_an_operator(
+    recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    job = start_training(recipe_file, run, 2, *LONG)
+    wait_for_step(job, run, 3)
+
+    control_command(run, "checkpoint", None, 60, True)
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["done"]
+    assert [folder.name for folder in checkpoint_folders(run)] == [f"step-{answer['step']:08d}"]
+
+    control_command(run, "stack", None, 30, True)
+    stacks = json.loads(capsys.readouterr().out)["stacks"]
+    assert list(stacks) == ["rank-00000", "rank-00001"]
+    assert all("in run_steps" in text for text in stacks.values()), stacks
+
+    control_command(run, "profile", "2", 60, False)
+    assert "profiles/step-" in capsys.readouterr().out
+    (trace,) = (run / "profiles").glob("*.json.gz")
+    assert json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+    (table,) = (run / "profiles").glob("*.txt")
+    assert "aten::" in table.read_text()
+
+    with pytest.raises(TubeworksError, match="profile takes a number of steps, not 'many'"):
+        control_command(run, "profile", "many", 1, False)
+    assert read_request(run) is None, "answered requests are taken away"
+
+    control_command(run, "exclude", "node7", 60, False)
+    assert job.wait() == [128 + 12] * 2, job.said()[-2000:]
+    assert excluded_nodes(run) == ["node7"]
+    (attempt,) = attempts_of(run)
+    assert attempt["cause"] == "stopped by SIGUSR2"
+    assert attempt["checkpoint"] == attempt["end_step"]
+    with pytest.raises(TubeworksError, match=r"no training works in .* \(stopped by SIGUSR2\)"):
+        control_command(run, "stop", None, 1, False)
+
+
+def test_stopping_saves_and_leaves_as_a_signal_would(recipe_file: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    job = start_training(recipe_file, run, 2, *LONG)
+    wait_for_step(job, run, 2)
+    control_command(run, "stop", None, 60, False)
+    assert job.wait() == [143, 143], job.said()[-2000:]
+    (saved,) = checkpoint_folders(run)
+    assert int(saved.name.removeprefix("step-")) == max(journalled(run))
+
+
+def test_one_request_at_a_time(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text(json.dumps({"attempts": [{"attempt": 0, "ranks": 1}]}))
+    first = send_request(tmp_path, "checkpoint")
+    with pytest.raises(TubeworksError, match="waits for its answer: checkpoint"):
+        send_request(tmp_path, "stop")
+    assert read_request(tmp_path) == first
+
+
+def test_nobody_answers(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text(json.dumps({"attempts": [{"attempt": 0, "ranks": 1}]}))
+    with pytest.raises(TubeworksError, match="nobody answered within 0 s"):
+        control_command(tmp_path, "checkpoint", None, 0.2, False)
+    assert read_request(tmp_path) is None, "a request that nobody wants any more is withdrawn"
+
+
+def test_a_folder_without_a_run(tmp_path: Path) -> None:
+    with pytest.raises(TubeworksError, match="not the folder of a run that has begun"):
+        control_command(tmp_path, "checkpoint", None, 1, False)
