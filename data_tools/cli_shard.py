@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Annotated, List, Optional  # noqa: UP035 - eva
 
 import typer
 
-from data_tools.cli_options import AsJson, Seed, Workers, grouped
+from data_tools.cli_options import AsJson, Seed, Workers, grouped, print_json
 from framework.errors import DataError
 
 if TYPE_CHECKING:
     from data_tools.items import Collection
+    from data_tools.report import ShardReport
 
 __all__ = ["app"]
 
@@ -30,6 +31,10 @@ Kind = Annotated[
 ]
 
 
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace shards that are there.")]
+PlannedOut = Annotated[Path, typer.Argument(metavar="OUT", help="The --out of the plan.")]
+
+
 @dataclass(frozen=True)
 class Output:
     """Where shards go and how they are cut."""
@@ -41,7 +46,18 @@ class Output:
         int, typer.Option("--shard-samples", min=1, help="A shard has at most so many.")
     ] = 4096
     shard_mb: Annotated[int, typer.Option("--shard-mb", min=1, help="A shard ends at so many MiB.")] = 256
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace shards that are there.")] = False
+    preset: Annotated[
+        str,
+        typer.Option(
+            "--preset",
+            help="archive keeps every byte; balanced and fast encode anew (fast:short_side=320,fps=15).",
+        ),
+    ] = "archive"
+    overwrite: Overwrite = False
+    plan_only: Annotated[
+        bool,
+        typer.Option("--plan-only", help="Only plan; `shard run` makes the shards, `shard merge` ends it."),
+    ] = False
     as_json: AsJson = False
 
 
@@ -124,17 +140,58 @@ def mix(
     _shard([collect_input(text) for text in inputs], output)
 
 
+@app.command()
+def run(
+    out: PlannedOut,
+    task: Annotated[int, typer.Option("--task", min=0, help="Which share, counted from 0.")] = 0,
+    of: Annotated[int, typer.Option("--of", min=1, help="How many shares there are.")] = 1,
+    workers: Workers = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make a share of the shards that were planned with --plan-only; what is there already is kept.
+
+    Shares may be made at the same time on any machines that see the folder.
+    """
+    from data_tools.pool import available_cores
+    from data_tools.sharding import make_shards
+
+    count, made = make_shards(out, task, of, workers or available_cores())
+    if as_json:
+        print_json({"task": task, "of": of, "shards": count, "made": made})
+    else:
+        typer.echo(f"share {task} of {of}: {count} shards, {made} made now")
+
+
+@app.command()
+def merge(out: PlannedOut, overwrite: Overwrite = False, as_json: AsJson = False) -> None:
+    """Join the shards of a plan, once all are made, to the folder OUT with its manifest."""
+    from data_tools.sharding import merge_shards
+
+    _print_report(merge_shards(out, overwrite=overwrite), as_json)
+
+
 def _shard(collections: Sequence[Collection], output: Output) -> None:
     """The common end of all commands; DataError (a non-zero exit) if nothing was written."""
     from data_tools.items import inventory
     from data_tools.pool import available_cores
-    from data_tools.sharding import ShardOptions, shard
+    from data_tools.presets import parse_preset
+    from data_tools.sharding import ShardOptions, plan_shards, shard
 
     options = ShardOptions(
         output.out, output.workers or available_cores(), output.seed, output.shard_samples, output.shard_mb,
-        overwrite=output.overwrite,
+        overwrite=output.overwrite, preset=parse_preset(output.preset),
     )  # fmt: skip
-    report = shard(inventory(collections), options)
-    typer.echo(report.to_json() if output.as_json else report.to_text(), nl=not output.as_json)
+    if not output.plan_only:
+        _print_report(shard(inventory(collections), options), output.as_json)
+        return
+    shards = plan_shards(inventory(collections), options)
+    if output.as_json:
+        print_json({"out": str(output.out), "shards": shards})
+    else:
+        typer.echo(f"{shards} shards planned: make them with `tubeworks data shard run {output.out}`")
+
+
+def _print_report(report: ShardReport, as_json: bool) -> None:
+    typer.echo(report.to_json() if as_json else report.to_text(), nl=not as_json)
     if not report.written:
-        raise DataError(f"{output.out}: nothing was written: not one of the files could be used")
+        raise DataError(f"{report.out}: nothing was written: not one of the files could be used")

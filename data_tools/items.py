@@ -6,17 +6,15 @@ the data sets and items of one set of shards; from there on nothing depends on w
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 import re
-import stat
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Protocol
+from typing import Any
 
+from data_tools.readers import Reader, display
 from framework.data.datasets import HeadInfo, Kind
 from framework.errors import DataError
 from framework.targets import TargetKind
@@ -28,13 +26,8 @@ __all__ = [
     "DatasetPlan",
     "Entry",
     "Failure",
-    "FileReader",
     "Inventory",
     "Item",
-    "MemberReader",
-    "Reader",
-    "Unusable",
-    "display",
     "inventory",
     "kind_of_suffix",
 ]
@@ -47,85 +40,14 @@ _DATASET_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 _STEM_LENGTH = 80  # USTAR: the part of a member's name after the last slash has at most 100 bytes
 
 
-class Unusable(DataError):
-    """One file that cannot become a sample; the message says why. It is reported and left out."""
-
-
-class Reader(Protocol):
-    """Where the bytes of an item come from. Readers travel to worker processes."""
-
-    @property
-    def size(self) -> int:
-        """Number of bytes, or an estimate where they are made on the way."""
-        ...
-
-    @property
-    def identity(self) -> str:
-        """Changes when the bytes may have changed: what tells whether unfinished work can be continued."""
-        ...
-
-    def read(self) -> bytes:
-        """All bytes; OSError or Unusable if that is not possible."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class FileReader:
-    """A file on disk."""
-
-    path: str
-    size: int
-    modified: int
-
-    @classmethod
-    def of(cls, path: str | Path | os.DirEntry[str]) -> FileReader:
-        """The file at `path` as it is now; OSError for what may have no end, such as a pipe or a device."""
-        status = os.stat(path)
-        if not stat.S_ISREG(status.st_mode):
-            raise OSError(errno.EINVAL, "not a regular file", os.fspath(path))
-        return cls(os.fspath(path), status.st_size, status.st_mtime_ns)
-
-    @property
-    def identity(self) -> str:
-        """Path, size and time of change."""
-        return f"{display(self.path)}:{self.size}:{self.modified}"
-
-    def read(self) -> bytes:
-        """The whole file; OSError where it cannot be read."""
-        with open(self.path, "rb") as file:
-            return file.read()
-
-
-@dataclass(frozen=True, slots=True)
-class MemberReader:
-    """A regular file inside an uncompressed tar archive, read in place."""
-
-    archive: str
-    modified: int
-    offset: int
-    size: int
-
-    @property
-    def identity(self) -> str:
-        """The archive, its time of change, and the place in it."""
-        return f"{display(self.archive)}:{self.modified}:{self.offset}:{self.size}"
-
-    def read(self) -> bytes:
-        """The member's bytes; Unusable where the archive ends before them."""
-        with open(self.archive, "rb") as file:
-            file.seek(self.offset)
-            data = file.read(self.size)
-        if len(data) != self.size:
-            raise Unusable(f"the archive ends inside this file ({len(data)} of {self.size} bytes)")
-        return data
-
-
 @dataclass(frozen=True, slots=True)
 class Entry:
     """A file that was found: its place in the input, the stem for its key, its class (None: unknown).
 
     In a multi-label collection `targets` are the names of all classes that apply, in any order, and in one
     with heads the name of a class for each head, None where it is not known; `class_name` is None then.
+    `segment` is the part of a video that is the sample: from, to, in seconds, the end not included. `about`
+    is kept with the sample, in KEY.json.
     """
 
     source: str
@@ -133,6 +55,8 @@ class Entry:
     class_name: str | None
     reader: Reader
     targets: tuple[str | None, ...] = ()
+    segment: tuple[float, float] | None = None
+    about: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,6 +110,8 @@ class Item:
     targets: tuple[int, ...] = ()
     target_names: tuple[str, ...] | dict[str, str | None] | None = None
     """The names of the targets, by head if there are heads; None where there is one label."""
+    segment: tuple[float, float] | None = None
+    about: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,11 +134,6 @@ class Inventory:
     items: tuple[Item, ...]
     missing: tuple[str, ...]
     failed: tuple[Failure, ...]
-
-
-def display(text: str) -> str:
-    """`text` as valid Unicode: bytes of a file name that are not UTF-8 become backslash escapes."""
-    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def kind_of_suffix(name: str) -> Kind | None:
@@ -250,6 +171,8 @@ def inventory(collections: Sequence[Collection]) -> Inventory:
                     reader=entry.reader,
                     targets=_targets(entry, datasets[number], labels[number]),
                     target_names=_target_names(entry, datasets[number]),
+                    segment=entry.segment,
+                    about=entry.about,
                 )
             )
     items.sort(key=lambda item: item.key)

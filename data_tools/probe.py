@@ -15,6 +15,7 @@ import io
 import logging
 import math
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -25,11 +26,11 @@ from av.stream import Disposition
 from av.video.stream import VideoStream
 from PIL import Image
 
-from data_tools.items import Unusable
+from data_tools.readers import Unusable
 from framework.data.limits import CONTAINER_OPTIONS, IMAGE_FORMATS, MAX_FRAME_SIDE, MAX_IMAGE_PIXELS
 from framework.data.manifest import Kind
 
-__all__ = ["Media", "probe"]
+__all__ = ["Media", "WholeVideo", "describe_unknown", "probe", "video_stream"]
 
 _TOLERANCE = 0.02
 logging.getLogger("PIL").setLevel(logging.CRITICAL)  # what is wrong with a file goes to the report
@@ -92,7 +93,7 @@ def _probe_image(data: bytes) -> Media:
     except Image.DecompressionBombError as error:
         raise Unusable(f"too large: {error}") from error
     except Image.UnidentifiedImageError as error:
-        raise Unusable(_describe_unknown(data, "image")) from error
+        raise Unusable(describe_unknown(data, "image")) from error
     except (OSError, SyntaxError, ValueError, EOFError) as error:
         what = "truncated" if "truncated" in str(error) else "damaged"
         raise Unusable(f"{what}: {error}") from error
@@ -103,12 +104,48 @@ def _probe_video(data: bytes, suffix: str) -> Media:
     try:
         container = av.open(io.BytesIO(data), "r", metadata_errors="ignore", options=dict(CONTAINER_OPTIONS))
     except (av.error.FFmpegError, ValueError) as error:
-        raise Unusable(_describe_unknown(data, "video")) from error
+        raise Unusable(describe_unknown(data, "video")) from error
     with container:
-        stream = _video_stream(container)
-        seen = _Seen()
+        video = WholeVideo(container)
+        for _ in video.frames():
+            pass
+        width, height = video.size
+        return Media(width, height, video.count, video.fps, tuple(video.keyframes), suffix)
+
+
+class WholeVideo:
+    """All frames of an open video, and whether they are as many as the container claims."""
+
+    def __init__(self, container: InputContainer) -> None:
+        self._container = container
+        self.stream = video_stream(container)
+        self._seen = _Seen()
+
+    @property
+    def count(self) -> int:
+        """Frames so far."""
+        return self._seen.frames
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height of the frames."""
+        return self._seen.size
+
+    @property
+    def keyframes(self) -> list[int]:
+        """Indices of the key frames so far."""
+        return self._seen.keyframes
+
+    @property
+    def fps(self) -> float:
+        """Mean rate of the frames so far."""
+        return _fps(self.stream, self._seen)
+
+    def frames(self) -> Iterator[av.VideoFrame]:
+        """Every frame; raises Unusable where it turns out that the video is not whole."""
+        container, stream, seen = self._container, self.stream, self._seen
         try:
-            _decode_all(container, stream, seen)
+            yield from _decode_all(container, stream, seen)
         except (av.error.FFmpegError, ValueError) as error:
             claimed = _claimed_frames(container, stream, seen)
             detail = error.strerror if isinstance(error, av.error.FFmpegError) else str(error)
@@ -116,11 +153,10 @@ def _probe_video(data: bytes, suffix: str) -> Media:
                 f"truncated or damaged: {seen.frames}{claimed} frames decode ({detail})"
             ) from error
         _check_complete(container, stream, seen)
-        width, height = seen.size
-        return Media(width, height, seen.frames, _fps(stream, seen), tuple(seen.keyframes), suffix)
 
 
-def _video_stream(container: InputContainer) -> VideoStream:
+def video_stream(container: InputContainer) -> VideoStream:
+    """The video stream of a container, on one thread; Unusable if there is none that can be decoded."""
     streams = container.streams.video
     if not streams or streams[0].disposition & Disposition.attached_pic:
         other = "audio only" if container.streams.audio else "no video stream"
@@ -139,7 +175,7 @@ def _check_side(width: int, height: int) -> None:
         raise Unusable(f"frames too large: {width}x{height}, at most {MAX_FRAME_SIDE} a side are allowed")
 
 
-def _decode_all(container: InputContainer, stream: VideoStream, seen: _Seen) -> None:
+def _decode_all(container: InputContainer, stream: VideoStream, seen: _Seen) -> Iterator[av.VideoFrame]:
     wanted = [stream, *container.streams.audio]
     for packet in container.demux(wanted):
         if packet.pts is not None and packet.time_base is not None:
@@ -162,6 +198,7 @@ def _decode_all(container: InputContainer, stream: VideoStream, seen: _Seen) -> 
             seen.corrupt += frame.is_corrupt
             seen.last = frame.time
             seen.frames += 1
+            yield frame
 
 
 def _check_complete(container: InputContainer, stream: VideoStream, seen: _Seen) -> None:
@@ -198,7 +235,7 @@ def _fps(stream: VideoStream, seen: _Seen) -> float:
     return float(stream.average_rate or 0)
 
 
-def _describe_unknown(data: bytes, kind: Kind) -> str:
+def describe_unknown(data: bytes, kind: Kind) -> str:
     """Why a file did not even open, guessed from its first bytes."""
     head = data[:512].lstrip().lower()
     if head.startswith((b"<!doctype html", b"<html")):

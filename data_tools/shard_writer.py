@@ -1,29 +1,43 @@
 """One shard from its items: read, decode, write, and a record of what happened. Runs in a worker process.
 
 A shard is a USTAR archive without times or owners, so equal items give equal bytes. Each sample is three
-members: KEY.<ext> (the media file as it was), KEY.cls (the label), KEY.json (where it came from).
+members: KEY.<ext> (the media, as they were or encoded anew), KEY.cls (the label), KEY.json (its origin).
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import json
 import os
 import tarfile
 import zlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from data_tools.items import Failure, Item, Unusable
+from data_tools.items import Failure, Item
 from data_tools.pool import Advance
+from data_tools.presets import Preset
 from data_tools.probe import Media, probe
+from data_tools.readers import Unusable
+from data_tools.shard_plan import ShardPlan, open_plan
+from data_tools.transcode import transcode_image, transcode_video
 from framework.data.datasets import KINDS
 from framework.data.manifest import SCHEMA, TARGETS
-from framework.files import replace_file, replace_text
+from framework.files import replace_file
 
-__all__ = ["ROW", "ShardRecord", "ShardTask", "make_shard", "read_record", "shard_name"]
+__all__ = [
+    "ROW",
+    "ShardRecord",
+    "ShardTask",
+    "forget_plan",
+    "load",
+    "make_shard",
+    "part_name",
+    "read_record",
+]
 
 ROW = (*(name for name in SCHEMA.names if name != "shard"), TARGETS.name)
 """The columns of a row, always with targets: a sample as its shard's worker knows it, before shards have
@@ -34,13 +48,15 @@ _LARGEST_MEMBER = 8 * 2**30 - 1  # USTAR writes sizes in eleven octal digits
 
 @dataclass(frozen=True)
 class ShardTask:
-    """One shard to be made in `folder`; `settings` names the run that it belongs to."""
+    """One shard of the plan in `folder`; `excluded` are items that end the processes that decode them."""
 
     number: int
     folder: Path
-    settings: str
-    datasets: tuple[str, ...]
-    items: tuple[Item, ...]
+    excluded: tuple[tuple[int, str], ...] = ()
+
+    def without(self, place: int, reason: str) -> ShardTask:
+        """The task with one more item left out, and why."""
+        return replace(self, excluded=(*self.excluded, (place, reason)))
 
 
 @dataclass(frozen=True)
@@ -51,7 +67,7 @@ class ShardRecord:
     """
 
     number: int
-    settings: str
+    plan: str
     bytes: int
     blake2b: str
     rows: list[list[Any]] = field(default_factory=list)
@@ -79,9 +95,9 @@ class _HashingFile:
         return self._digest.hexdigest()
 
 
-def shard_name(number: int) -> str:
-    """The file name of a shard."""
-    return f"shard-{number:06d}.tar"
+def part_name(number: int) -> str:
+    """The file name of a shard of a plan, before those without samples are left out of the count."""
+    return f"part-{number:06d}.tar"
 
 
 def make_shard(task: ShardTask, advance: Advance) -> ShardRecord:
@@ -89,7 +105,9 @@ def make_shard(task: ShardTask, advance: Advance) -> ShardRecord:
 
     Items that cannot be read or decoded are left out and listed in the record with the reason.
     """
-    path = task.folder / shard_name(task.number)
+    plan = _plan(task.folder)
+    path = task.folder / part_name(task.number)
+    excluded = dict(task.excluded)
     rows: list[list[Any]] = []
     failed: list[Failure] = []
     digest = ""
@@ -98,41 +116,59 @@ def make_shard(task: ShardTask, advance: Advance) -> ShardRecord:
         nonlocal digest
         hashing = _HashingFile(file)
         with tarfile.open(fileobj=hashing, mode="w", format=tarfile.USTAR_FORMAT) as archive:  # type: ignore[arg-type]
-            for item in task.items:
+            for place, item in enumerate(plan.items(task.number)):
                 try:
-                    data, media = _load(item)
+                    if place in excluded:
+                        raise Unusable(f"ends the process that decodes it: {excluded[place]}")
+                    data, media = load(item, plan.preset)
                 except Unusable as error:
                     failed.append(Failure(item.key, f"{error} ({item.source})"))
                 else:
-                    rows.append(_add_sample(archive, item, task.datasets[item.dataset], data, media))
+                    rows.append(_add_sample(archive, item, plan.datasets[item.dataset].name, data, media))
                 advance()
         digest = hashing.hexdigest()
 
-    replace_file(path, write)
+    replace_file(path, write, rivals=True)
+    size = path.stat().st_size if rows else 0
     if not rows:
         path.unlink()
-    record = ShardRecord(task.number, task.settings, path.stat().st_size if rows else 0, digest, rows, failed)
-    replace_text(_record_path(task.folder, task.number), _dump(record))
+    record = ShardRecord(task.number, plan.digest, size, digest, rows, failed)
+    text = _dump(record)
+    record_path = _record_path(task.folder, task.number)
+    replace_file(record_path, lambda file: file.write(text.encode()), rivals=True)
     return record
 
 
-def read_record(folder: Path, number: int, settings: str) -> ShardRecord | None:
-    """The record of a shard that an earlier run of the same settings finished; None if there is none."""
+@functools.lru_cache(maxsize=1)
+def _plan(folder: Path) -> ShardPlan:
+    """One plan per process; `forget_plan` where it may have changed."""
+    return open_plan(folder)
+
+
+def forget_plan() -> None:
+    """Read the plan anew next time: another one may have come to the same folder."""
+    _plan.cache_clear()
+
+
+def read_record(plan: ShardPlan, number: int, *, merging: bool = False) -> ShardRecord | None:
+    """The record of a shard of the plan that is finished; None if there is none.
+
+    While shards are being merged their files may have other names already, and are not looked for.
+    """
     try:
-        content = json.loads(_record_path(folder, number).read_bytes())
+        content = json.loads(_record_path(plan.folder, number).read_bytes())
         failed = [Failure(**failure) for failure in content.pop("failed")]
         record = ShardRecord(**content, failed=failed)
-        if record.settings != settings or record.number != number:
+        if record.plan != plan.digest or record.number != number:
             return None
-        if record.bytes and (folder / shard_name(number)).stat().st_size != record.bytes:
-            return None
+        size = (plan.folder / part_name(number)).stat().st_size if record.bytes and not merging else None
     except (OSError, ValueError, KeyError, TypeError):
         return None  # no record, or half of one: the shard is made again
-    return record
+    return record if size in (None, record.bytes) else None
 
 
 def _record_path(folder: Path, number: int) -> Path:
-    return folder / f"shard-{number:06d}.done"
+    return folder / f"part-{number:06d}.done"
 
 
 def _dump(record: ShardRecord) -> str:
@@ -140,22 +176,28 @@ def _dump(record: ShardRecord) -> str:
     return json.dumps(content)
 
 
-def _load(item: Item) -> tuple[bytes, Media]:
-    if item.reader.size > _LARGEST_MEMBER:
+def load(item: Item, preset: Preset) -> tuple[bytes, Media]:
+    """The bytes of a sample as they are to be stored, and what they decode to; Unusable with the reason."""
+    if item.reader.size > _LARGEST_MEMBER and item.segment is None:
         raise Unusable(f"too large: {item.reader.size} bytes, a member of a shard has at most 8 GiB")
+    suffix = os.path.splitext(item.source)[1].lower().lstrip(".")
     try:
+        if item.kind == "video" and not (preset.keeps_bytes and item.segment is None):
+            return transcode_video(item.reader, preset, item.segment)
         data = item.reader.read()
     except OSError as error:
         raise Unusable(f"cannot be read: {error.strerror}") from error
-    suffix = os.path.splitext(item.source)[1].lower().lstrip(".")
-    return data, probe(data, item.kind, suffix)
+    if preset.keeps_bytes:
+        return data, probe(data, item.kind, suffix)
+    return transcode_image(data, preset, suffix)
 
 
 def _add_sample(archive: tarfile.TarFile, item: Item, dataset: str, data: bytes, media: Media) -> list[Any]:
     offset = archive.offset + tarfile.BLOCKSIZE  # a USTAR header is always one block
     _add_member(archive, f"{item.key}.{media.extension}", data)
     _add_member(archive, f"{item.key}.cls", str(item.label).encode("ascii"))
-    about = {
+    about: dict[str, Any] = {
+        **(item.about or {}),
         "dataset": dataset,
         "label": item.label,
         "class": item.class_name,
@@ -166,6 +208,8 @@ def _add_sample(archive: tarfile.TarFile, item: Item, dataset: str, data: bytes,
         "frames": media.frames,
         "fps": round(media.fps, 6),
     }
+    if item.segment is not None:
+        about["segment"] = list(item.segment)
     if item.target_names is not None:
         about |= {"targets": list(item.targets), "target_names": item.target_names}
     _add_member(archive, f"{item.key}.json", json.dumps(about, sort_keys=True).encode("ascii"))

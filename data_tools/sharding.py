@@ -1,49 +1,55 @@
 """Sharding: an inventory becomes a folder of shards with a manifest, whole or not at all.
 
-Items are permuted by a hash of (seed, key) and cut into shards before any work is done; so shards do not
-depend on the number of workers, and the same input gives the same bytes. All work happens in `OUT.partial`;
-one rename at the end gives the folder its name. A killed run is continued by the same command.
+Three steps that may run in different processes, on different machines: `plan_shards` cuts the items into
+shards and writes that down, `make_shards` makes any of them, `merge_shards` joins them to the final folder.
+All work happens in `OUT.partial`; one rename at the end gives the folder its name. Whatever is killed or runs
+out of room is continued by the same command. The bytes depend on the input and the options, and on nothing
+else.
 """
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
-import json
 import logging
-import math
 import os
-import re
-import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from data_tools.items import Inventory, Item
+from data_tools.items import Inventory
+from data_tools.merging import merge
 from data_tools.pool import progress_bar, run_tasks
+from data_tools.presets import PRESETS, Preset
 from data_tools.report import REPORT_NAME, ShardReport
-from data_tools.shard_writer import ROW, ShardRecord, ShardTask, make_shard, read_record, shard_name
-from framework.data.manifest import MANIFEST_NAME, SAMPLES_NAME, TARGETS, DatasetInfo, ShardInfo
-from framework.data.manifest_writer import write_manifest
+from data_tools.shard_plan import (
+    ITEMS_NAME,
+    PLAN_NAME,
+    ShardPlan,
+    adopt,
+    cut,
+    open_plan,
+    staging_of,
+    write_plan,
+)
+from data_tools.shard_writer import ShardTask, forget_plan, make_shard, read_record
+from data_tools.staging import (
+    MERGING,
+    check_free,
+    clear,
+    remove_staging,
+    staging_folder,
+    sweep,
+    was_finished,
+)
 from framework.errors import DataError
-from framework.files import replace_text, sync_folder
 
-__all__ = ["ShardOptions", "shard"]
-
-_LAYOUT = 1
-"""Part of the settings of a run: raised when the same items would give other bytes."""
-
-_OURS = re.compile(r"(shard-\d+\.(tar|done)|settings|manifest\.json|samples\.arrow|report\.json)(\.tmp)?")
-"""Files that may lie in a staging folder."""
+__all__ = ["ShardOptions", "make_shards", "merge_shards", "plan_shards", "shard", "unfinished"]
 
 _logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class ShardOptions:
-    """Where shards go and how they are cut: a shard ends at so many samples or bytes of source files."""
+    """Where shards go, how media are stored, and where a shard ends: at so many samples or source bytes."""
 
     out: Path
     workers: int = 1
@@ -51,6 +57,7 @@ class ShardOptions:
     samples: int = 4096
     megabytes: int = 256
     overwrite: bool = False
+    preset: Preset = PRESETS["archive"]
 
     def __post_init__(self) -> None:
         for name in ("workers", "samples", "megabytes"):
@@ -59,207 +66,112 @@ class ShardOptions:
 
 
 def shard(inventory: Inventory, options: ShardOptions) -> ShardReport:
-    """Write the shards and return what was written, missing and left out.
+    """Plan, make and merge; return what was written, missing and left out.
 
     Raises DataError if `out` is taken or cannot be written; what was finished before a disk ran full stays in
     `OUT.partial` and is used by the next run. Where no item at all is usable, nothing is written.
     """
     out = Path(os.path.abspath(options.out))
-    _check_free(out, options.overwrite)
-    staging = out.with_name(out.name + ".partial")
+    if not staging_of(out).exists():
+        check_free(out, options.overwrite)
+    with staging_folder(out) as staging:
+        plan = _plan(staging, out, inventory, options)
+        if was_finished(staging, out):
+            return _leave(staging, out)
+        _make(plan, range(len(plan.shards)), options.workers)
+        return merge(plan, out, options.overwrite)
+
+
+def plan_shards(inventory: Inventory, options: ShardOptions) -> int:
+    """Write the plan to `OUT.partial`; the number of its shards. Raises DataError as `shard` does."""
+    out = Path(os.path.abspath(options.out))
+    if not staging_of(out).exists():
+        check_free(out, options.overwrite)
+    with staging_folder(out) as staging:
+        return len(_plan(staging, out, inventory, options).shards)
+
+
+def make_shards(out: Path, task: int, of: int, workers: int = 1) -> tuple[int, int]:
+    """Make the shards `task`, `task + of`, `task + 2 of` … of a plan; how many there are, how many were new.
+
+    Any number of processes on any machines may do this at the same time, for the same shards too. Raises
+    DataError if nothing is planned for `out`, or if it cannot be written.
+    """
+    if not 0 <= task < of:
+        raise DataError(f"task {task} of {of}: tasks count from 0 to {of - 1}")
+    out = Path(os.path.abspath(out))
+    with staging_folder(out, shared=True) as staging:
+        plan = open_plan(staging)
+        chosen = range(task, len(plan.shards), of)
+        return len(chosen), _make(plan, chosen, workers, isolate=True)
+
+
+def unfinished(out: Path) -> list[int]:
+    """Numbers of the planned shards that are not made yet; DataError if nothing is planned."""
+    plan = open_plan(staging_of(Path(os.path.abspath(out))))
+    merging = (plan.folder / MERGING).exists()
+    return [n for n in range(len(plan.shards)) if read_record(plan, n, merging=merging) is None]
+
+
+def merge_shards(out: Path, *, overwrite: bool = False) -> ShardReport:
+    """Join the shards of a plan to the folder `out`.
+
+    Raises DataError if some are not made yet (it says which), if `out` is taken, or nothing is planned.
+    """
+    out = Path(os.path.abspath(out))
+    with staging_folder(out, shared=False) as staging:
+        plan = open_plan(staging)
+        if was_finished(staging, out):
+            return _leave(staging, out)
+        check_free(out, overwrite)
+        return merge(plan, out, overwrite)
+
+
+def _plan(staging: Path, out: Path, inventory: Inventory, options: ShardOptions) -> ShardPlan:
+    """A staging folder for exactly this plan; one of another plan is emptied, and that is said."""
+    worked = sweep(staging)
+    before = _digest_of(staging)
+    cuts = cut(inventory.items, options.seed, options.samples, options.megabytes)
+    plan = write_plan(staging, inventory, cuts, options.preset)
+    if before == plan.digest and was_finished(staging, out):
+        return plan
+    check_free(out, options.overwrite)
+    if before != plan.digest:
+        if worked or before is not None:
+            _logger.warning("%s is from other settings or other files: starting anew", staging)
+        clear(staging, keep=(PLAN_NAME + ".new", ITEMS_NAME + ".new"))
+    adopt(staging)
+    forget_plan()
+    return plan
+
+
+def _digest_of(staging: Path) -> str | None:
+    """What the plan in a folder stands for; None if there is none."""
     try:
-        with _locked(staging):
-            return _shard_in(staging, out, inventory, options)
-    except OSError as error:
-        raise DataError(
-            f"{error.filename or staging}: cannot write the shards ({error.strerror}); finished shards are"
-            f" kept in {staging}: make room or set the permissions, and run the same command again"
-        ) from error
+        return open_plan(staging).digest
+    except DataError:
+        return None
 
 
-def _shard_in(staging: Path, out: Path, inventory: Inventory, options: ShardOptions) -> ShardReport:
-    cut = _cut(inventory.items, options)
-    settings = _settings(inventory, options)
-    _prepare(staging, settings)
-    names = tuple(dataset.name for dataset in inventory.datasets)
-    records: dict[int, ShardRecord] = {}
-    tasks: list[ShardTask] = []
-    for number, items in enumerate(cut):
-        if record := read_record(staging, number, settings):
-            records[number] = record
-        else:
-            tasks.append(ShardTask(number, staging, settings, names, items))
-    if records:
-        _logger.info("continuing in %s: %d of %d shards are there already", staging, len(records), len(cut))
-    with progress_bar("sharding", sum(len(task.items) for task in tasks)) as progress:
-        for record in run_tasks(make_shard, tasks, options.workers, progress):
-            records[record.number] = record
-    ordered = [records[number] for number in range(len(cut))]
-    report = _report(out, inventory, ordered)
-    if not report.written:
-        shutil.rmtree(staging)
-        return report
-    _finish(staging, out, inventory, ordered, report, options.overwrite)
+def _leave(staging: Path, out: Path) -> ShardReport:
+    """Tidy up behind a run that was killed when all was done; its report."""
+    report = ShardReport.from_json(out, (out / REPORT_NAME).read_text(encoding="utf-8"))
+    remove_staging(staging)
     return report
 
 
-def _cut(items: Sequence[Item], options: ShardOptions) -> list[tuple[Item, ...]]:
-    """Items in their random order, cut where a shard is full."""
-    seed = options.seed.to_bytes(8, "little", signed=True)
-
-    def place(item: Item) -> bytes:
-        return hashlib.blake2b(item.key.encode(), key=seed, digest_size=16).digest()
-
-    size = sum(item.reader.size for item in items)
-    count = max(1, math.ceil(len(items) / options.samples), math.ceil(size / (options.megabytes * 2**20)))
-    length = math.ceil(len(items) / count)  # shards of equal length keep all workers busy to the end
-    shards: list[tuple[Item, ...]] = []
-    current: list[Item] = []
-    size = 0
-    for item in sorted(items, key=place):
-        full = len(current) >= length or size + item.reader.size > options.megabytes * 2**20
-        if current and full:
-            shards.append(tuple(current))
-            current, size = [], 0
-        current.append(item)
-        size += item.reader.size
-    if current:
-        shards.append(tuple(current))
-    return shards
-
-
-def _settings(inventory: Inventory, options: ShardOptions) -> str:
-    """A digest of all that decides the bytes: unfinished work is continued only if it is the same."""
-    digest = hashlib.blake2b(digest_size=16)
-    head = [_LAYOUT, options.seed, options.samples, options.megabytes]
-    digest.update(json.dumps([head, [asdict(dataset) for dataset in inventory.datasets]]).encode())
-    for item in inventory.items:
-        line = [item.key, item.dataset, item.label, item.source, item.reader.identity, item.targets]
-        digest.update(json.dumps(line).encode())
-    return digest.hexdigest()
-
-
-def _check_free(out: Path, overwrite: bool) -> None:
-    """Nothing that a person might need is ever written over."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return
-    if not overwrite:
-        raise DataError(f"{out}: exists already; choose another --out, or replace it with --overwrite")
-    if not (out / MANIFEST_NAME).is_file():
-        raise DataError(
-            f"{out}: --overwrite replaces only a folder of shards, and this is none ({MANIFEST_NAME})"
-        )
-
-
-@contextmanager
-def _locked(staging: Path) -> Iterator[None]:
-    """Only one process at a time works on a set of shards; the lock ends with the process that holds it.
-
-    A file system without locks (Lustre mounted without `flock`, for one) goes without, and that is said.
-    """
-    staging.mkdir(parents=True, exist_ok=True)
-    folder = os.open(staging, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if isinstance(error, BlockingIOError):
-                raise
-            _logger.warning(
-                "%s: cannot be locked (%s): start no second command on it", staging, error.strerror
-            )
-        # It may have got its final name between the two lines above.
-        if not staging.exists() or not os.path.samestat(os.fstat(folder), staging.stat()):
-            raise BlockingIOError
-        yield
-    except BlockingIOError:
-        raise DataError(f"{staging}: another process is making these shards; wait for it or end it") from None
-    finally:
-        os.close(folder)
-
-
-def _prepare(staging: Path, settings: str) -> None:
-    """A staging folder for exactly these settings; one of other settings is emptied, and that is said."""
-    note = staging / "settings"
-    present = list(staging.iterdir())
-    if foreign := [path.name for path in present if not _OURS.fullmatch(path.name)]:
-        raise DataError(
-            f"{staging}: shards are made in this folder, but it holds other files ({', '.join(foreign[:5])}):"
-            " move them away, or choose another --out"
-        )
-    leftover = [path for path in present if path.suffix == ".tmp"]
-    if present and not (note.is_file() and note.read_text() == settings):
-        _logger.warning("%s is from other settings or other files: starting anew", staging)
-        leftover = present
-    for path in leftover:
-        path.unlink()
-    replace_text(note, settings)
-
-
-def _finish(
-    staging: Path, out: Path, inventory: Inventory, records: Sequence[ShardRecord], report: ShardReport,
-    overwrite: bool,
-) -> None:  # fmt: skip
-    """Number the shards without gaps, write manifest and report, and give the folder its name."""
-    # From here on the records no longer describe the files: a run killed now starts anew.
-    (staging / "settings").unlink()
-    for leftover in staging.glob("*.done"):
-        leftover.unlink()
-    kept = [record for record in records if record.rows]
-    for number, record in enumerate(kept):
-        if number != record.number:
-            (staging / shard_name(record.number)).rename(staging / shard_name(number))
-    shards = [
-        ShardInfo(shard_name(number), record.bytes, record.blake2b, len(record.rows))
-        for number, record in enumerate(kept)
+def _make(plan: ShardPlan, numbers: Sequence[int], workers: int, *, isolate: bool = False) -> int:
+    """Make those of the shards that are not made yet; how many that were."""
+    merging = (plan.folder / MERGING).exists()
+    tasks = [
+        ShardTask(number, plan.folder)
+        for number in numbers
+        if read_record(plan, number, merging=merging) is None
     ]
-    columns = _columns(kept, inventory)
-    counts = [0] * len(inventory.datasets)
-    for dataset in columns["dataset"]:
-        counts[dataset] += 1
-    datasets = [
-        DatasetInfo(plan.name, plan.split, plan.kind, plan.classes, count, plan.target, plan.heads)
-        for plan, count in zip(inventory.datasets, counts, strict=True)
-    ]
-    replace_text(staging / REPORT_NAME, report.to_json())
-    write_manifest(staging, columns, shards, datasets)
-    old = out.with_name(out.name + ".old")
-    if overwrite and out.exists():
-        out.rename(old)
-    staging.rename(out)
-    sync_folder(out.parent)
-    if overwrite and old.exists():
-        _remove(old)
-
-
-def _columns(records: Sequence[ShardRecord], inventory: Inventory) -> dict[str, list[Any]]:
-    columns: dict[str, list[Any]] = {name: [] for name in ("shard", *ROW)}
-    for number, record in enumerate(records):
-        columns["shard"].extend([number] * len(record.rows))
-        for name, values in zip(ROW, zip(*record.rows, strict=True), strict=True):
-            columns[name].extend(values)
-    if all(dataset.target == "single" for dataset in inventory.datasets):
-        del columns[TARGETS.name]
-    return columns
-
-
-def _remove(old: Path) -> None:
-    """Remove a replaced folder file by file: only what shards are made of."""
-    for path in (*old.glob("shard-*.tar"), old / SAMPLES_NAME, old / MANIFEST_NAME, old / REPORT_NAME):
-        path.unlink(missing_ok=True)
-    if any(old.iterdir()):
-        _logger.warning("%s: kept, because it holds files that are no shards", old)
-    else:
-        old.rmdir()
-
-
-def _report(out: Path, inventory: Inventory, records: Sequence[ShardRecord]) -> ShardReport:
-    failed = [*inventory.failed, *(failure for record in records for failure in record.failed)]
-    return ShardReport(
-        out=str(out),
-        written=sum(len(record.rows) for record in records),
-        missing=tuple(inventory.missing),
-        failed=tuple(sorted(failed, key=lambda failure: failure.key)),
-        shards=sum(bool(record.rows) for record in records),
-        bytes=sum(record.bytes for record in records),
-    )
+    done = len(numbers) - len(tasks)
+    if done:
+        _logger.info("continuing in %s: %d of %d shards are there already", plan.folder, done, len(numbers))
+    with progress_bar("sharding", sum(plan.shards[task.number][2] for task in tasks)) as progress:
+        for _ in run_tasks(make_shard, tasks, workers, progress, blame=ShardTask.without, isolate=isolate):
+            pass
+    return len(tasks)

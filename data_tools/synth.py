@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy
 
@@ -76,13 +77,13 @@ class MotionClip:
     def size(self) -> int:
         return 1500 + self.canvas * self.canvas * self.frames // 8
 
-    @property
-    def identity(self) -> str:
-        return f"{self.pixels.hex()}:{self.canvas}:{self.frames}:{self.place}:{self.step}"
-
     def read(self) -> bytes:
         """The clip as an mp4 file."""
         return _encode_video(self.draw())
+
+    def open(self) -> BinaryIO:
+        """The clip as a file."""
+        return io.BytesIO(self.read())
 
     def draw(self) -> numpy.ndarray:
         """Grey frames, uint8 (frames, canvas, canvas)."""
@@ -107,10 +108,6 @@ class DigitPicture:
     def size(self) -> int:
         return 400 + self.canvas * self.canvas // 2
 
-    @property
-    def identity(self) -> str:
-        return f"{self.pixels.hex()}:{self.canvas}:{self.place}:{self.noise}"
-
     def read(self) -> bytes:
         """The picture as a JPEG file."""
         from PIL import Image
@@ -118,6 +115,10 @@ class DigitPicture:
         buffer = io.BytesIO()
         Image.fromarray(self.draw()).convert("RGB").save(buffer, "JPEG", quality=_JPEG_QUALITY)
         return buffer.getvalue()
+
+    def open(self) -> BinaryIO:
+        """The picture as a file."""
+        return io.BytesIO(self.read())
 
     def draw(self) -> numpy.ndarray:
         """Grey pixels, uint8 (canvas, canvas)."""

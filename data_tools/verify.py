@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy
 
-from data_tools.items import Unusable
 from data_tools.pool import Advance, progress_bar, run_tasks
 from data_tools.probe import probe
+from data_tools.readers import Unusable
 from data_tools.report import counted, human_bytes
 from framework.data.datasets import targets_problem
 from framework.data.manifest import MANIFEST_NAME, SAMPLES_NAME, Manifest, SampleInfo

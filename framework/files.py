@@ -12,6 +12,7 @@ import hashlib
 import io
 import os
 import shutil
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -105,12 +106,14 @@ def append_line(path: Path, line: str) -> None:
         os.close(descriptor)
 
 
-def replace_file(path: Path, write: Callable[[BinaryIO], Any]) -> None:
+def replace_file(path: Path, write: Callable[[BinaryIO], Any], *, rivals: bool = False) -> None:
     """Let `write` fill a temporary file beside `path`, make it durable, and only then give it the name.
 
-    After a crash there is the old file or the new one, never a part.
+    After a crash there is the old file or the new one, never a part. With `rivals` the temporary name is this
+    process's own: others, on other machines too, may be making the same file.
     """
-    temporary = path.with_name(path.name + ".tmp")
+    own = f".{socket.gethostname()}-{os.getpid()}" if rivals else ""
+    temporary = path.with_name(f"{path.name}{own}.tmp")
     try:
         with io.BufferedWriter(_File(temporary, "wb"), _BLOCK) as file:
             write(file)

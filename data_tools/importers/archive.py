@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_tools.items import MemberReader
+from data_tools.readers import MemberReader
 from framework.errors import DataError
 
 __all__ = ["ArchiveMember", "list_archive", "split_archive_path"]

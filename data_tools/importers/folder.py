@@ -10,7 +10,8 @@ from pathlib import Path
 from data_tools.importers.archive import list_archive, split_archive_path
 from data_tools.importers.classes import read_classes
 from data_tools.importers.walk import walk_files
-from data_tools.items import Collection, Entry, Failure, FileReader, Reader, display, kind_of_suffix
+from data_tools.items import Collection, Entry, Failure, kind_of_suffix
+from data_tools.readers import FileReader, Reader, display
 from framework.data.manifest import KINDS, Kind
 from framework.errors import DataError
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_tools.importers.walk import walk_files
-from data_tools.items import VIDEO_SUFFIXES, Collection, Entry, Failure, FileReader
+from data_tools.items import VIDEO_SUFFIXES, Collection, Entry, Failure
+from data_tools.readers import FileReader
 from framework.errors import DataError
 
 __all__ = ["collect_kinetics"]

@@ -9,8 +9,8 @@ from random import Random
 import pytest
 from PIL import Image
 
-from data_tools.items import Unusable
 from data_tools.probe import probe
+from data_tools.readers import Unusable
 from framework.data.limits import MAX_IMAGE_PIXELS
 from framework.data.manifest import Kind
 

@@ -15,7 +15,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_tools.items import Collection, Entry, MemberReader, inventory
+from data_tools.items import Collection, Entry, inventory
+from data_tools.readers import MemberReader
 from framework.data.manifest import Manifest
 
 

@@ -56,7 +56,7 @@ def test_a_download_with_all_its_defects(
     )  # fmt: skip
     assert done.code == 0
     report = done.json
-    assert set(report) == {"written", "missing", "failed", "shards", "bytes"}
+    assert set(report) == {"written", "missing", "failed", "shards", "bytes", "reasons"}
     assert (report["written"], report["shards"]) == (3, 1)
     assert report["bytes"] == (out / "shard-000000.tar").stat().st_size
     assert report["missing"] == ["nowhere_to__000003_000013.mp4"]

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from data_tools import sharding
+from data_tools import staging as staging_module
 from framework.data.manifest import Manifest
 from framework.files import hash_file
 
@@ -290,7 +290,7 @@ def test_a_file_system_without_locks_is_said_and_used(
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
     monkeypatch.setattr(fcntl, "flock", no_locks)
-    with sharding._locked(tmp_path / "out.partial"):
+    with staging_module.locked(tmp_path / "out.partial"):
         assert (tmp_path / "out.partial").is_dir()
     assert "cannot be locked" in caplog.text
 
