@@ -1,82 +1,146 @@
-"""The commands `tubeworks data shard …`: one per layout of the input."""
+"""The commands `tubeworks data shard …`: one per layout of the input, and the steps of a large run."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, List, Optional  # noqa: UP035 - evaluated by typer on 3.10
+from typing import Annotated, List, Optional  # noqa: UP035 - evaluated by typer on 3.10
 
 import typer
 
-from data_tools.cli_options import AsJson, Seed, Workers, grouped, print_json
-from framework.errors import DataError
-
-if TYPE_CHECKING:
-    from data_tools.items import Collection
-    from data_tools.report import ShardReport
+from data_tools.cli_options import AsJson, Workers, grouped, print_json
+from data_tools.cli_output import (
+    Annotations,
+    Classes,
+    KindName,
+    Name,
+    Output,
+    Overwrite,
+    Split,
+    Videos,
+    kind_of,
+    make,
+    print_report,
+)
 
 __all__ = ["app"]
 
 app = typer.Typer(no_args_is_help=True, help="Turn videos and images into shards with a manifest.")
 
-Split = Annotated[str, typer.Option("--split", help="Which split these samples are.")]
-Classes = Annotated[
-    Optional[Path],  # noqa: UP045
-    typer.Option("--classes", help="Order of classes: a text file, one a line, or shards made before."),
-]
-Kind = Annotated[
-    Optional[str],  # noqa: UP045
-    typer.Option("--kind", help="image or video, where both are there."),
-]
-
-
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace shards that are there.")]
 PlannedOut = Annotated[Path, typer.Argument(metavar="OUT", help="The --out of the plan.")]
-
-
-@dataclass(frozen=True)
-class Output:
-    """Where shards go and how they are cut."""
-
-    out: Annotated[Path, typer.Option("--out", help="Folder for the shards; it must not exist yet.")]
-    workers: Workers = None
-    seed: Seed = 0
-    shard_samples: Annotated[
-        int, typer.Option("--shard-samples", min=1, help="A shard has at most so many.")
-    ] = 4096
-    shard_mb: Annotated[int, typer.Option("--shard-mb", min=1, help="A shard ends at so many MiB.")] = 256
-    preset: Annotated[
-        str,
-        typer.Option(
-            "--preset",
-            help="archive keeps every byte; balanced and fast encode anew (fast:short_side=320,fps=15).",
-        ),
-    ] = "archive"
-    overwrite: Overwrite = False
-    plan_only: Annotated[
-        bool,
-        typer.Option("--plan-only", help="Only plan; `shard run` makes the shards, `shard merge` ends it."),
-    ] = False
-    as_json: AsJson = False
+Input = Annotated[Path, typer.Option("--input", help="Folder, or a tar archive and a path in it.")]
 
 
 @app.command()
 @grouped
 def kinetics(
-    videos: Annotated[Path, typer.Option("--videos", help="Folder of clips, flat or in class folders.")],
-    annotations: Annotated[Path, typer.Option("--annotations", help="Official CSV list.")],
-    split: Annotated[str, typer.Option("--split", help="Split of the list: train, val or test.")],
+    videos: Videos,
+    annotations: Annotations,
+    split: Split,
     output: Output,
-    name: Annotated[str, typer.Option("--name", help="Name of the data set.")] = "k400",
+    name: Name = "k400",
     classes: Classes = None,
 ) -> None:
-    """Shard clips named by an official Kinetics list; missing and damaged files are reported and left out."""
+    """Kinetics-400, -600, -700: clips YOUTUBEID_START_END, flat or in class folders; list as CSV or JSON."""
     from data_tools.importers.classes import read_classes
     from data_tools.importers.kinetics import collect_kinetics
 
     given = read_classes(classes, name, "video") if classes else None
-    _shard([collect_kinetics(videos, annotations, name, split=split, classes=given)], output)
+    make([collect_kinetics(videos, annotations, name, split=split, classes=given)], output)
+
+
+@app.command("ssv2")
+@grouped
+def something(
+    videos: Videos,
+    annotations: Annotations,
+    output: Output,
+    split: Split = "train",
+    name: Name = "ssv2",
+    classes: Classes = None,
+) -> None:
+    """Something-Something v2: ID.webm and the JSON lists; --classes takes labels.json."""
+    from data_tools.importers.classes import read_classes
+    from data_tools.importers.something import collect_something
+
+    given = read_classes(classes, name, "video") if classes else None
+    make([collect_something(videos, annotations, name, split=split, classes=given)], output)
+
+
+@app.command()
+@grouped
+def charades(
+    videos: Videos,
+    annotations: Annotations,
+    classes: Annotated[Path, typer.Option("--classes", help="Charades_v1_classes.txt.")],
+    output: Output,
+    split: Split = "train",
+    name: Name = "charades",
+    segments: Annotated[
+        bool, typer.Option("--segments", help="A clip for each action, not a sample for each video.")
+    ] = False,
+) -> None:
+    """Charades: multi-label videos, or a clip for each of their actions (with a --preset that encodes)."""
+    from data_tools.importers.charades import collect_charades
+
+    collection = collect_charades(videos, annotations, name, split=split, classes=classes, segments=segments)
+    make([collection], output)
+
+
+@app.command()
+@grouped
+def epic(
+    videos: Videos,
+    annotations: Annotations,
+    verbs: Annotated[Path, typer.Option("--verbs", help="EPIC_100_verb_classes.csv.")],
+    nouns: Annotated[Path, typer.Option("--nouns", help="EPIC_100_noun_classes.csv.")],
+    output: Output,
+    split: Split = "train",
+    name: Name = "epic",
+) -> None:
+    """EPIC-Kitchens-100: a clip for each segment, with verb and noun; needs a --preset that encodes."""
+    from data_tools.importers.epic import collect_epic
+
+    make([collect_epic(videos, annotations, name, split=split, verbs=verbs, nouns=nouns)], output)
+
+
+@app.command()
+@grouped
+def moments(
+    videos: Videos,
+    annotations: Annotations,
+    output: Output,
+    split: Split = "train",
+    name: Name = "moments",
+    classes: Classes = None,
+) -> None:
+    """Moments in Time: videos in class folders and their list; --classes takes moments_categories.txt."""
+    from data_tools.importers.classes import read_classes
+    from data_tools.importers.moments import collect_moments
+
+    given = read_classes(classes, name, "video") if classes else None
+    make([collect_moments(videos, annotations, name, split=split, classes=given)], output)
+
+
+@app.command()
+@grouped
+def imagenet(
+    source: Input,
+    output: Output,
+    split: Split = "train",
+    name: Name = "in1k",
+    labels: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--labels", help="Classes of flat images: LOC_val_solution.csv, text, or the devkit."),
+    ] = None,
+    classes: Classes = None,
+) -> None:
+    """ImageNet-1k and -21k: folders of synsets or the original tar archives, which are read in place."""
+    from data_tools.importers.classes import read_classes
+    from data_tools.importers.imagenet import collect_imagenet
+
+    given = read_classes(classes, name, "image") if classes else None
+    make([collect_imagenet(source, name, split=split, labels=labels, classes=given)], output)
 
 
 @app.command()
@@ -92,27 +156,72 @@ def folder(
         typer.Option("--name", help="Name of the data set: one for each --input, or one for all."),
     ] = None,
     split: Split = "train",
-    kind: Kind = None,
+    kind: KindName = None,
     classes: Classes = None,
 ) -> None:
-    """Shard class folders of images or videos; several inputs give mixed shards.
+    """Any class folders of images or videos; several inputs give mixed shards.
 
     Inputs of the same name become one data set.
     """
     from data_tools.importers.folder import collect_folder, default_name
 
-    if kind not in (None, "image", "video"):
-        raise typer.BadParameter(f"--kind is image or video, not {kind}")
     if names and len(names) not in (1, len(inputs)):
         raise typer.BadParameter(
             f"{len(names)} --name for {len(inputs)} --input: give one for each, or one for all"
         )
     chosen = [default_name(path) for path in inputs] if not names else names * (len(inputs) // len(names))
     collections = [
-        collect_folder(path, name, split=split, kind=kind, classes_from=classes)
+        collect_folder(path, name, split=split, kind=kind_of(kind), classes_from=classes)
         for path, name in zip(inputs, chosen, strict=True)
     ]
-    _shard(collections, output)
+    make(collections, output)
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which column of a table says what."""
+
+    path: Annotated[str, typer.Option("--path-column", help="Place of the file below --root.")] = "path"
+    labels: Annotated[
+        Optional[List[str]],  # noqa: UP006, UP045
+        typer.Option("--label-column", help="The class; given several times, each is a head of its own."),
+    ] = None
+    separator: Annotated[
+        str, typer.Option("--label-separator", help="Parts the labels of a sample: multi-label.")
+    ] = ""
+    splits: Annotated[str, typer.Option("--split-column", help="Only rows that say --split.")] = ""
+    start: Annotated[str, typer.Option("--start-column", help="Start of a segment in seconds.")] = ""
+    end: Annotated[str, typer.Option("--end-column", help="Its end; frames from there on are left out.")] = ""
+    key: Annotated[str, typer.Option("--key-column", help="Names samples, instead of their path.")] = ""
+
+
+@app.command()
+@grouped
+def table(
+    source: Annotated[Path, typer.Option("--table", help="CSV, TSV or Parquet, with names of columns.")],
+    root: Annotated[Path, typer.Option("--root", help="Folder or tar archive that paths are relative to.")],
+    name: Name,
+    columns: Columns,
+    output: Output,
+    split: Split = "train",
+    kind: KindName = None,
+    classes: Annotated[
+        Optional[List[Path]],  # noqa: UP006, UP045
+        typer.Option("--classes", help="Order of classes, one for each --label-column."),
+    ] = None,
+) -> None:
+    """Any CSV or Parquet file that names files, with one label, several, or none, and segments of videos."""
+    from data_tools.importers.classes import read_classes
+    from data_tools.importers.table import TableColumns, collect_table
+
+    chosen = kind_of(kind)
+    layout = TableColumns(
+        columns.path, tuple(columns.labels or ()), columns.separator, columns.splits, columns.start,
+        columns.end, columns.key,
+    )  # fmt: skip
+    given = [read_classes(path, name, chosen or "video") for path in classes or ()]
+    collection = collect_table(source, root, name, columns=layout, split=split, kind=chosen, classes=given)
+    make([collection], output)
 
 
 @app.command()
@@ -128,7 +237,7 @@ def mix(
     ],
     output: Output,
 ) -> None:
-    """Shard several inputs, videos and images, into one set of mixed shards.
+    """Several inputs, videos and images, as one set of mixed shards.
 
     An input is NAME=kinetics:videos=DIR,annotations=CSV,split=S
     or NAME=folder:input=DIR, with more options after commas: classes=FILE for
@@ -137,7 +246,7 @@ def mix(
     """
     from data_tools.importers.mix import collect_input
 
-    _shard([collect_input(text) for text in inputs], output)
+    make([collect_input(text) for text in inputs], output)
 
 
 @app.command()
@@ -167,31 +276,4 @@ def merge(out: PlannedOut, overwrite: Overwrite = False, as_json: AsJson = False
     """Join the shards of a plan, once all are made, to the folder OUT with its manifest."""
     from data_tools.sharding import merge_shards
 
-    _print_report(merge_shards(out, overwrite=overwrite), as_json)
-
-
-def _shard(collections: Sequence[Collection], output: Output) -> None:
-    """The common end of all commands; DataError (a non-zero exit) if nothing was written."""
-    from data_tools.items import inventory
-    from data_tools.pool import available_cores
-    from data_tools.presets import parse_preset
-    from data_tools.sharding import ShardOptions, plan_shards, shard
-
-    options = ShardOptions(
-        output.out, output.workers or available_cores(), output.seed, output.shard_samples, output.shard_mb,
-        overwrite=output.overwrite, preset=parse_preset(output.preset),
-    )  # fmt: skip
-    if not output.plan_only:
-        _print_report(shard(inventory(collections), options), output.as_json)
-        return
-    shards = plan_shards(inventory(collections), options)
-    if output.as_json:
-        print_json({"out": str(output.out), "shards": shards})
-    else:
-        typer.echo(f"{shards} shards planned: make them with `tubeworks data shard run {output.out}`")
-
-
-def _print_report(report: ShardReport, as_json: bool) -> None:
-    typer.echo(report.to_json() if as_json else report.to_text(), nl=not as_json)
-    if not report.written:
-        raise DataError(f"{report.out}: nothing was written: not one of the files could be used")
+    print_report(merge_shards(out, overwrite=overwrite), as_json)

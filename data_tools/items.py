@@ -37,6 +37,7 @@ VIDEO_SUFFIXES = frozenset(
     {"mp4", "m4v", "mov", "mkv", "webm", "avi", "mpg", "mpeg", "ts", "flv", "wmv", "3gp", "ogv"}
 )
 _DATASET_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+_BYTES_A_SECOND = 100_000  # of a clip that was encoded anew
 _STEM_LENGTH = 80  # USTAR: the part of a member's name after the last slash has at most 100 bytes
 
 
@@ -112,6 +113,13 @@ class Item:
     """The names of the targets, by head if there are heads; None where there is one label."""
     segment: tuple[float, float] | None = None
     about: Mapping[str, Any] | None = None
+
+    @property
+    def size(self) -> int:
+        """Bytes that it is likely to take in a shard."""
+        if self.segment is None:
+            return self.reader.size
+        return min(self.reader.size, round((self.segment[1] - self.segment[0]) * _BYTES_A_SECOND))
 
 
 @dataclass(frozen=True, slots=True)

@@ -81,18 +81,16 @@ def cut(items: Sequence[Item], seed: int, samples: int, megabytes: int) -> list[
         return hashlib.blake2b(item.key.encode(), key=key, digest_size=16).digest()
 
     limit = megabytes * 2**20
-    count = max(
-        1, math.ceil(len(items) / samples), math.ceil(sum(item.reader.size for item in items) / limit)
-    )
+    count = max(1, math.ceil(len(items) / samples), math.ceil(sum(item.size for item in items) / limit))
     length = math.ceil(len(items) / count)  # shards of equal length keep all workers busy to the end
     shards: list[list[Item]] = []
     size = 0
     for item in sorted(items, key=place):
-        if not shards or len(shards[-1]) >= length or size + item.reader.size > limit:
+        if not shards or len(shards[-1]) >= length or size + item.size > limit:
             shards.append([])
             size = 0
         shards[-1].append(item)
-        size += item.reader.size
+        size += item.size
     return shards
 
 

@@ -129,6 +129,11 @@ def merge_shards(out: Path, *, overwrite: bool = False) -> ShardReport:
 
 def _plan(staging: Path, out: Path, inventory: Inventory, options: ShardOptions) -> ShardPlan:
     """A staging folder for exactly this plan; one of another plan is emptied, and that is said."""
+    if options.preset.keeps_bytes and any(item.segment for item in inventory.items):
+        raise DataError(
+            "segments are cut out of videos, which needs encoding: take --preset balanced or fast"
+            " (balanced:short_side=8192,crf=15 for nearly the pixels of the source)"
+        )
     worked = sweep(staging)
     before = _digest_of(staging)
     cuts = cut(inventory.items, options.seed, options.samples, options.megabytes)

@@ -6,14 +6,14 @@ Links, devices, absolute names and names that climb out of the archive are refus
 from __future__ import annotations
 
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_tools.readers import MemberReader
+from data_tools.readers import MemberReader, Reader
 from framework.errors import DataError
 
-__all__ = ["ArchiveMember", "list_archive", "split_archive_path"]
+__all__ = ["ArchiveMember", "last_of_each", "list_archive", "list_member_archive", "split_archive_path"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +21,7 @@ class ArchiveMember:
     """A member below the wanted folder: its place in it, and how to read it or why that is refused."""
 
     name: str
-    reader: MemberReader | None
+    reader: Reader | None
     refused: str = ""
 
 
@@ -39,27 +39,46 @@ def list_archive(archive: Path, inner: str) -> Iterator[ArchiveMember]:
 
     Raises DataError if it is not an uncompressed tar archive, or ends in the middle.
     """
-    modified = archive.stat().st_mtime_ns
+    try:
+        whole = MemberReader(str(archive.absolute()), archive.stat().st_mtime_ns, 0, archive.stat().st_size)
+    except OSError as error:
+        raise DataError(f"{archive}: cannot be read ({error.strerror})") from error
+    return list_member_archive(str(archive), whole, inner)
+
+
+def list_member_archive(name: str, archive: MemberReader, inner: str = "") -> Iterator[ArchiveMember]:
+    """All files of an archive that is itself a member of one, below the folder `inner`; as `list_archive`."""
     prefix = f"{inner.strip('/')}/" if inner.strip("/") else ""
     try:
-        with tarfile.open(archive, "r:", errorlevel=2) as tar:
+        with archive.open() as file, tarfile.open(fileobj=file, mode="r:", errorlevel=2) as tar:
             for member in tar:
-                name = member.name.removeprefix("./")
-                if member.isdir() or not name.startswith(prefix):
+                path = member.name.removeprefix("./")
+                if member.isdir() or not path.startswith(prefix):
                     continue
                 reason = _refusal(member)
                 reader = None
                 if not reason:
-                    reader = MemberReader(str(archive), modified, member.offset_data, member.size)
-                yield ArchiveMember(name.removeprefix(prefix), reader, reason)
+                    offset = archive.offset + member.offset_data
+                    reader = MemberReader(archive.archive, archive.modified, offset, member.size)
+                yield ArchiveMember(path.removeprefix(prefix), reader, reason)
                 tar.members.clear()  # type: ignore[attr-defined]  # else tarfile keeps all the millions
     except tarfile.TarError as error:
         raise DataError(
-            f"{archive}: cannot be read as an uncompressed tar archive ({error}); if it is compressed, unpack"
+            f"{name}: cannot be read as an uncompressed tar archive ({error}); if it is compressed, unpack"
             " it to a plain .tar first, if it was downloaded, check that it is complete"
         ) from error
     except OSError as error:
-        raise DataError(f"{archive}: cannot be read ({error.strerror})") from error
+        raise DataError(f"{name}: cannot be read ({error.strerror})") from error
+
+
+def last_of_each(members: Iterable[ArchiveMember]) -> Iterator[ArchiveMember]:
+    """Every name once: of several members the last counts, as when unpacking; the others are refused."""
+    last: dict[str, ArchiveMember] = {}
+    for member in members:
+        if member.name in last:
+            yield ArchiveMember(member.name, None, "in the archive more than once; the last one counts")
+        last[member.name] = member
+    yield from last.values()
 
 
 def _refusal(member: tarfile.TarInfo) -> str:

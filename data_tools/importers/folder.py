@@ -4,27 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-from data_tools.importers.archive import list_archive, split_archive_path
+from data_tools.importers.archive import ArchiveMember, last_of_each, list_archive, split_archive_path
 from data_tools.importers.classes import read_classes
 from data_tools.importers.walk import walk_files
 from data_tools.items import Collection, Entry, Failure, kind_of_suffix
-from data_tools.readers import FileReader, Reader, display
+from data_tools.readers import FileReader, display
 from framework.data.manifest import KINDS, Kind
 from framework.errors import DataError
 
 __all__ = ["collect_folder", "default_name"]
-
-
-@dataclass(frozen=True, slots=True)
-class _Found:
-    """A file below the input: a reader, or the reason why it cannot be read."""
-
-    name: str
-    reader: Reader | None
-    refused: str = ""
 
 
 def default_name(path: Path) -> str:
@@ -65,23 +55,23 @@ def collect_folder(
     return Collection(name, split, kind, order, entries, [], failed, fixed_classes=classes is not None)
 
 
-def _files(path: Path) -> Iterator[_Found]:
+def _files(path: Path) -> Iterator[ArchiveMember]:
     if path.is_dir():
         yield from _walk(path)
         return
     location = split_archive_path(path)
     if location is None:
         raise DataError(f"{path}: no such folder or archive; check the path")
-    yield from (_Found(member.name, member.reader, member.refused) for member in list_archive(*location))
+    yield from last_of_each(list_archive(*location))
 
 
-def _walk(root: Path) -> Iterator[_Found]:
+def _walk(root: Path) -> Iterator[ArchiveMember]:
     for path in walk_files(root):
         relative = os.path.relpath(path, root)
         try:
-            yield _Found(relative, FileReader.of(path))
+            yield ArchiveMember(relative, FileReader.of(path))
         except OSError as error:
-            yield _Found(relative, None, f"cannot be read: {error.strerror}")
+            yield ArchiveMember(relative, None, f"cannot be read: {error.strerror}")
 
 
 def _empty_classes(path: Path) -> set[str]:
@@ -92,7 +82,7 @@ def _empty_classes(path: Path) -> set[str]:
         return {display(entry.name) for entry in entries if entry.is_dir() and not entry.name.startswith(".")}
 
 
-def _single_kind(path: Path, found: Sequence[_Found]) -> Kind:
+def _single_kind(path: Path, found: Sequence[ArchiveMember]) -> Kind:
     promised = [kind_of_suffix(file.name) for file in found if "/" in file.name]
     counts: dict[Kind, int] = {kind: promised.count(kind) for kind in KINDS if kind in promised}
     if not counts:

@@ -1,19 +1,21 @@
-"""Kinetics: videos named by the official list (label, youtube_id, time_start, time_end, split)."""
+"""Kinetics-400, -600 and -700: videos named by the official list, as CSV or as JSON.
+
+CSV: `label,youtube_id,time_start,time_end,split` (the test lists have no label). JSON: an object of
+`{id: {"annotations": {"label", "segment": [start, end]}, "subset"}}`, as DeepMind published them.
+"""
 
 from __future__ import annotations
 
-import csv
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from data_tools.importers.walk import walk_files
-from data_tools.items import VIDEO_SUFFIXES, Collection, Entry, Failure
-from data_tools.readers import FileReader
+from data_tools.importers.listed import Listed, add_listed, check_classes, read_csv, read_json
+from data_tools.items import Collection
 from framework.errors import DataError
 
-__all__ = ["collect_kinetics"]
+__all__ = ["collect_kinetics", "kinetics_rows"]
 
 _REQUIRED = ("youtube_id", "time_start", "time_end")
 _SPLIT_NAMES = {
@@ -26,7 +28,7 @@ _SPLIT_NAMES = {
 
 
 @dataclass(frozen=True, slots=True)
-class _Row:
+class Row:
     """One clip of the list; `label` is None in lists of the test split."""
 
     stem: str
@@ -43,74 +45,65 @@ def collect_kinetics(
     the whole list in alphabetical order, or `classes`. A list without labels gives samples of unknown class.
     Raises DataError for a list that is not one, a split that it has not, and a label outside `classes`.
     """
-    rows = _read_rows(annotations)
-    wanted = _rows_of_split(rows, split, annotations)
+    rows = kinetics_rows(annotations)
     labels = {row.label for row in rows if row.label is not None}
-    if classes is not None and (unknown := sorted(labels.difference(classes))):
-        raise DataError(
-            f"{annotations}: labels that are not in the list of classes: {', '.join(unknown[:10])}"
-        )
+    if classes is not None:
+        check_classes(annotations, labels, classes)
     order = tuple(classes) if classes is not None else tuple(sorted(labels))
     collection = Collection(name, split, "video", order, fixed_classes=classes is not None)
-    files = _find_videos(videos)
-    seen: set[str] = set()
-    for row in wanted:
-        if row.stem in seen:
-            collection.failed.append(
-                Failure(f"{name}/{row.stem}", "listed twice in the annotations; the first line counts")
-            )
-            continue
-        seen.add(row.stem)
-        path = _choose(files.get(row.stem, ()), row.label)
-        if path is None:
-            collection.missing.append(f"{row.stem}.mp4")
-            continue
-        source = os.path.relpath(path, videos)
-        try:
-            reader = FileReader.of(path)
-        except OSError as error:
-            collection.failed.append(Failure(f"{name}/{row.stem}", f"cannot be read: {error.strerror}"))
-        else:
-            collection.entries.append(Entry(source, row.stem, row.label, reader))
-    collection.missing.sort()
+    listed = [
+        Listed(row.stem, row.stem, row.label, folders=_folders(row.label))
+        for row in _rows_of_split(rows, split, annotations)
+    ]
+    add_listed(collection, videos, listed)
     return collection
 
 
-def _read_rows(annotations: Path) -> list[_Row]:
-    try:
-        with annotations.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file, skipinitialspace=True)
-            columns = [column.strip() for column in reader.fieldnames or ()]
-            reader.fieldnames = columns
-            if absent := [column for column in _REQUIRED if column not in columns]:
-                raise DataError(
-                    f"{annotations}: not a Kinetics list: no column {', '.join(absent)}; the first line must"
-                    " name label, youtube_id, time_start, time_end and, if there are several, split"
-                )
-            return [_row(annotations, reader.line_num, row) for row in reader]
-    except OSError as error:
-        raise DataError(f"{annotations}: cannot be read ({error.strerror}); check --annotations") from error
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{annotations}: not a CSV file in UTF-8 ({error})") from error
+def _folders(label: str | None) -> tuple[str, ...]:
+    """What class folders are called; where several files have the right name, the one in them is taken."""
+    return (label, label.replace(" ", "_")) if label else ()
 
 
-def _row(annotations: Path, line: int, row: Mapping[str, str | None]) -> _Row:
+def kinetics_rows(annotations: Path) -> list[Row]:
+    """All rows of an official list; DataError for a file that is none."""
+    if annotations.suffix.lower() == ".json":
+        return list(_rows_of_json(annotations))
+    return [_row(annotations, line, row) for line, row in read_csv(annotations, _REQUIRED, "a Kinetics list")]
+
+
+def _rows_of_json(annotations: Path) -> Iterator[Row]:
+    content = read_json(annotations, "a Kinetics list")
+    if not isinstance(content, dict) or not content:
+        raise DataError(f"{annotations}: not a Kinetics list: an object of clips is expected, or it is empty")
+    for identifier, about in content.items():
+        try:
+            start, end = about["annotations"]["segment"]
+            label = about["annotations"].get("label")
+            yield Row(_stem(identifier, float(start), float(end)), label or None, about.get("subset"))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise DataError(
+                f"{annotations}: clip {identifier!r} has no segment [start, end] ({error!r})"
+            ) from error
+
+
+def _row(annotations: Path, line: int, row: Mapping[str, Any]) -> Row:
     try:
-        start, end = (round(float(row[column] or "")) for column in ("time_start", "time_end"))
+        start, end = float(row["time_start"]), float(row["time_end"])
     except ValueError:
         raise DataError(
             f"{annotations}:{line}: time_start and time_end must be seconds, not"
             f" {row['time_start']!r} and {row['time_end']!r}"
         ) from None
-    identifier, label, split = (
-        (row.get(column) or "").strip() for column in ("youtube_id", "label", "split")
-    )
-    if not identifier:
+    if not row["youtube_id"]:
         raise DataError(f"{annotations}:{line}: the youtube_id is empty")
-    return _Row(f"{identifier}_{start:06d}_{end:06d}", label or None, split or None)
+    return Row(_stem(row["youtube_id"], start, end), row.get("label") or None, row.get("split") or None)
 
 
-def _rows_of_split(rows: Sequence[_Row], split: str, annotations: Path) -> list[_Row]:
+def _stem(identifier: str, start: float, end: float) -> str:
+    return f"{identifier}_{round(start):06d}_{round(end):06d}"
+
+
+def _rows_of_split(rows: Sequence[Row], split: str, annotations: Path) -> list[Row]:
     """Rows of the wanted split; a list without that column is taken whole."""
     present = sorted({row.split for row in rows if row.split})
     if not present:
@@ -122,24 +115,3 @@ def _rows_of_split(rows: Sequence[_Row], split: str, annotations: Path) -> list[
     if not chosen:
         raise DataError(f"{annotations}: no clip of split {split!r}; there is {', '.join(present)}")
     return chosen
-
-
-def _find_videos(videos: Path) -> dict[str, list[str]]:
-    """All video files below `videos`, by their name without suffix; one walk for all clips."""
-    if not videos.is_dir():
-        raise DataError(f"{videos}: no such folder; check --videos")
-    found: dict[str, list[str]] = {}
-    for path in walk_files(videos):
-        stem, suffix = os.path.splitext(os.path.basename(path))
-        if suffix.lower().lstrip(".") in VIDEO_SUFFIXES:
-            found.setdefault(stem, []).append(path)
-    return found
-
-
-def _choose(paths: Sequence[str], label: str | None) -> str | None:
-    """Of several files with the right name, the one in the folder of its class, else the first by name."""
-    if not paths:
-        return None
-    names = {label, label.replace(" ", "_")} if label else set()
-    ranked = sorted(paths, key=lambda path: (os.path.basename(os.path.dirname(path)) not in names, path))
-    return ranked[0]
