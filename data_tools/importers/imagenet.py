@@ -1,7 +1,7 @@
 """ImageNet-1k and -21k: folders of synsets, or the original tar archives, read in place.
 
 A folder or archive may hold a folder for each synset (`n01440764/…JPEG`, however deep), an archive for each
-(`n01440764.tar`), or flat images (`ILSVRC2012_img_val.tar`). Classes of flat images come from a list: Kaggle's
+(`n01440764.tar`), or flat images (`ILSVRC2012_img_val.tar`). Classes of these come from a list: Kaggle's
 `LOC_val_solution.csv`, text with a synset for each image in the order of their names, or the official devkit.
 """
 
