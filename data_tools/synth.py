@@ -226,7 +226,14 @@ def _encode_video(frames: numpy.ndarray) -> bytes:
 
     buffer = io.BytesIO()
     height, width = frames.shape[1:]
-    settings = {"preset": "veryfast", "crf": "18", "bf": "0", "g": "8", "threads": "1"}
+    # the macroblock tree of x264 makes other bytes of the same frames now and then
+    settings = {
+        "preset": "veryfast",
+        "crf": "18",
+        "bf": "0",
+        "g": "8",
+        "x264-params": "threads=1:no-mbtree=1",
+    }
     with av.open(buffer, "w", format="mp4") as container:
         try:
             stream = container.add_stream("libx264", rate=Fraction(_FPS), options=settings)

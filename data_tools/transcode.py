@@ -27,6 +27,9 @@ from framework.data.video import Undecodable
 
 __all__ = ["transcode_image", "transcode_video"]
 
+_REPEATABLE = "threads=1:open-gop=0:no-mbtree=1"
+"""x264's macroblock tree makes other bytes of the same frames now and then, so it is off."""
+
 _CLOCK = Fraction(1, 90_000)
 _EARLY = 1e-4  # seconds by which rounding may move a frame's time over an edge
 
@@ -176,7 +179,7 @@ def _output(
     tune = {"tune": "fastdecode"} if preset.fastdecode else {}
     settings = {
         "preset": "medium", "crf": str(preset.crf), "g": str(preset.gop), "bf": "0",
-        "x264-params": "threads=1:open-gop=0", "flags": "+bitexact+cgop", **tune,
+        "x264-params": _REPEATABLE, "flags": "+bitexact+cgop", **tune,
     }  # fmt: skip
     output = target.add_stream("libx264", rate=source.average_rate or 25, options=settings)
     output.width, output.height = scaler.size
