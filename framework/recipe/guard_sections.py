@@ -18,7 +18,7 @@ class Guards(Section):
     """Logging points after the warm-up, in a row, with a loss flat at ln(classes) and accuracy at chance."""
     dead: NonNegative = 50
     """Steps, in a row, in which a trainable tensor gets no gradient or zeros alone."""
-    hang_seconds: Annotated[float, Field(ge=0, le=1e6)] = 600.0
+    hang_seconds: Annotated[float, Field(ge=0, le=1e6)] = 1200.0
     """Without progress for so long a rank hangs, and the job is ended with a post-mortem; three times as long
     for the first step, checkpoints and a batch of an evaluation."""
     on_bad_numbers: Literal["warn", "skip", "rollback"] = "warn"

@@ -62,6 +62,7 @@ def train(recipe: Recipe, run: Path, world: World, signals: SignalFlag, heart: H
     Errors:
         TubeworksError: with a message for the user, on every rank.
     """
+    heart.beat("start")
     device = choose_device(world)
     peers = start_process_group(world, device, 2 * SLOW * recipe.guards.hang_seconds)
     with held_alone(run, peers):
@@ -138,6 +139,7 @@ def prepare(
         quarantine=quarantine,
     )
 
+    heart.beat("start")
     with returned_memory():
         torch.manual_seed(recipe.seed)
         model = build_model(recipe.model, inputs_of(recipe))
@@ -145,7 +147,9 @@ def prepare(
         if reader:
             reader.load_into(model)
         origin = initialise(model, recipe, peers) if recipe.init and not reader else None
+        heart.beat("start")
         engine = start_engine(model, recipe, peers.world)
+        heart.beat("start")
         state = TrainState(engine, recipe.train.ema_decay)
         if reader:
             state.restore(reader.read, reader.kinds, reader.manifest["optimizer_steps"])

@@ -81,9 +81,10 @@ class StepNumbers:
         self._copied = torch.cuda.Event() if device.type == "cuda" else None
         self._rows: list[tuple[str, Tensor, Tensor]] = []
 
-    def add(self, source: str, index: Tensor, logits: Tensor) -> None:
-        """Look at the logits (batch, classes) of samples; nothing waits for the device."""
-        self._rows.append((source, index, logits.detach().isfinite().all(dim=1)))
+    def add(self, source: str, index: Tensor, outputs: Tensor) -> None:
+        """Look at what the model gives for samples, (batch, …); nothing waits for the device."""
+        finite = outputs.detach().isfinite().reshape(len(index), -1).all(dim=1)
+        self._rows.append((source, index, finite))
 
     def micro_batch_done(self, loss: Tensor) -> None:
         """Count a micro-batch's loss; the last one's copy to the host runs beside the backward pass."""

@@ -7,6 +7,8 @@ RUN/events.jsonl     what happened besides: replaced samples, skipped steps, che
 RUN/quarantine.jsonl samples that are not fed again (see framework.data.quarantine)
 RUN/ledger.bin       what was really fed (see framework.data.ledger)
 RUN/checkpoints/     see framework.training.checkpoint
+RUN/heartbeat/       where every rank is (see framework.watch.sentinel)
+RUN/postmortem/      what happened when an attempt hung, died or failed
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from framework.tracking.lock import RunLock
 from framework.training.checkpoint_manifest import checkpoint_folders
 from framework.training.distributed import Peers
 from framework.training.storage import append_json, explain_os_error, write_json, write_text
-from framework.watch.attempts import close_unknown
+from framework.watch.attempts import close_unknown, forget_heartbeats
 from framework.world import World
 
 __all__ = [
@@ -82,6 +84,7 @@ def open_run(
     state = read_run(run) or {"version": VERSION, "name": recipe.name, "plan": plan_hash, "attempts": []}
     attempt = len(state["attempts"])
     close_unknown(run, state)
+    forget_heartbeats(run, attempt)
     state["recipe"] = recipe_hash(recipe)
     state["attempts"].append(
         {

@@ -9,6 +9,7 @@ crash, `accused` (rank -> why). Causes: `finished`, `stopped by SIGTERM`, `rollb
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +18,14 @@ from typing import Any
 from framework.files import replace_text
 from framework.tracking.lock import RunLock
 
-__all__ = ["attempts_of", "attempts_without_progress", "close_attempt", "close_unknown", "newest_checkpoint"]
+__all__ = [
+    "attempts_of",
+    "attempts_without_progress",
+    "close_attempt",
+    "close_unknown",
+    "forget_heartbeats",
+    "newest_checkpoint",
+]
 
 PLANNED = ("finished", "stopped by", "rollback")
 """Causes of ends that are no crash."""
@@ -85,6 +93,14 @@ def close_attempt(
     finally:
         if lock is not None:
             lock.release()
+
+
+def forget_heartbeats(run: Path, attempt: int) -> None:
+    """Remove the ranks' records of all but the attempt before this one: of many ranks they are many files."""
+    for folder in (run / "heartbeat").glob("attempt-*"):
+        number = folder.name.removeprefix("attempt-")
+        if number.isdigit() and int(number) < attempt - 1:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def close_unknown(run: Path, state: dict[str, Any]) -> None:

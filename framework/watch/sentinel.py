@@ -73,6 +73,8 @@ def guard(page: Page, watched: Watched, samples_of: SamplesOf) -> int:
     tick = min(0.5, watched.seconds / 10) if watched.seconds else 0.5
     every = min(RECORD_SECONDS, max(tick, watched.seconds / 20)) if watched.seconds else RECORD_SECONDS
     patience, written, asked = _Patience(page, watched), 0.0, ""
+    with contextlib.suppress(OSError):
+        _record_path(watched, _attempt(watched, page)).unlink()  # of a start that was not one
     while True:
         ready, _, _ = select.select([rank, watched.wake], [], [], tick)
         state = page.get("state")
@@ -98,6 +100,8 @@ class _Patience:
 
     def __init__(self, page: Page, watched: Watched) -> None:
         self._page, self._watched = page, watched
+        # What a start that hung before its attempt began has left under the same number.
+        self._stale = _alarm(watched, page)
         self._beats, self._idle, self._looked = -1, 0.0, time.monotonic()
 
     def is_over(self) -> bool:
@@ -112,7 +116,7 @@ class _Patience:
         slow = slow or PHASES[self._page.get("phase")] in SLOW_PHASES
         if self._idle > seconds * (SLOW if slow else 1.0):
             return True
-        return self._idle > seconds / 2 and _alarm(self._watched, self._page).exists()
+        return self._idle > seconds / 2 and _alarm(self._watched, self._page) not in (None, self._stale)
 
 
 def _stand_aside(watched: Watched) -> None:
@@ -132,8 +136,9 @@ def _stand_aside(watched: Watched) -> None:
 def _end_hung(page: Page, watched: Watched, samples_of: SamplesOf, rank: int) -> None:
     """Raise the alarm, write everything down, and end the rank."""
     with contextlib.suppress(OSError):
-        _alarm(watched, page).parent.mkdir(parents=True, exist_ok=True)
-        _alarm(watched, page).touch()
+        folder = folder_of(watched.run, _attempt(watched, page))
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "hang").touch()
     _write_down(page, watched, samples_of, "hung")
     page.set("verdict", KILL)
     if not select.select([rank], [], [], 2.0)[0]:  # it cannot leave by itself
@@ -194,8 +199,12 @@ def folder_of(run: Path, attempt: int) -> Path:
     return run / "heartbeat" / f"attempt-{attempt}"
 
 
-def _alarm(watched: Watched, page: Page) -> Path:
-    return folder_of(watched.run, _attempt(watched, page)) / "hang"
+def _alarm(watched: Watched, page: Page) -> int | None:
+    """When a sentinel has found that the job hangs, by the file system's clock; None: it does not."""
+    try:
+        return (folder_of(watched.run, _attempt(watched, page)) / "hang").stat().st_mtime_ns
+    except OSError:
+        return None
 
 
 def write_record(page: Page, watched: Watched, state: str, stacks: str = "") -> None:
@@ -221,11 +230,15 @@ def write_record(page: Page, watched: Watched, state: str, stacks: str = "") -> 
         "stacks": stacks,
         "written": time.time(),
     }
-    path = folder_of(watched.run, record["attempt"]) / f"rank-{watched.rank:05d}.json"
+    path = _record_path(watched, record["attempt"])
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(record, ensure_ascii=False) + "\n", encoding="utf-8")
     temporary.replace(path)
+
+
+def _record_path(watched: Watched, attempt: int) -> Path:
+    return folder_of(watched.run, attempt) / f"rank-{watched.rank:05d}.json"
 
 
 def read_records(folder: Path) -> list[dict[str, Any]]:

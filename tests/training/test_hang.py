@@ -13,7 +13,7 @@ from rank_processes import Job, start_training, train_to_end, wait_for_step
 
 from framework.watch.attempts import attempts_of, attempts_without_progress
 
-SECONDS = 2
+SECONDS = 6  # the first step may take three times as long, and the machine may be busy
 LONG = ("train.steps=4000", "checkpoint.every=4000", f"guards.hang_seconds={SECONDS}")
 
 
@@ -102,7 +102,7 @@ def test_a_sample_that_never_comes_is_named(
     job = Job(2, tmp_path / "logs", train_with, code, *arguments)
     wait_for_step(job, run, 3)
     go.touch()
-    codes = job.wait(SECONDS + 14)
+    codes = job.wait(SECONDS + 10)
     assert codes == ([7, 7] if workers else [7, -9]), [job.said(one)[-2000:] for one in (0, 1)]
 
     found = report(run)
