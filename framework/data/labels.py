@@ -64,5 +64,5 @@ def label_text(dataset: DatasetInfo, chosen: list[int]) -> str:
 
 def class_shares(opened: OpenSource) -> NDArray[np.float64]:
     """The share of a multi-label source's samples to which each class applies: (classes,)."""
-    _, targets = rows_of(*opened.manifest.targets(), opened.selection)
+    _, targets = rows_of(*opened.manifest.targets(), np.asarray(opened.selection))
     return np.bincount(targets, minlength=opened.source.classes) / len(opened)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ import numpy
 import pyarrow
 
 from framework.data.datasets import KINDS, DatasetInfo, HeadInfo, Kind, datasets_of
+from framework.data.table import BlockSums, Selection, Summary, read_summaries
 from framework.errors import DataError
 from framework.files import hash_file
 
@@ -44,6 +46,8 @@ VERSION = 2
 """The latest; 2 has a column of targets, and is written only where a data set needs it."""
 MANIFEST_NAME = "manifest.json"
 SAMPLES_NAME = "samples.arrow"
+EAGER_BYTES = 1 << 26
+"""Tables up to this size are checked as a whole when a source opens; larger ones where they are touched."""
 
 SCHEMA = pyarrow.schema(
     [
@@ -118,6 +122,7 @@ class Manifest:
         datasets: tuple[DatasetInfo, ...],
         batch: pyarrow.RecordBatch,
         samples_checksum: str,
+        blocks: Mapping[str, Any] | None = None,
     ) -> None:
         self.folder = folder
         self.hash = digest
@@ -127,6 +132,9 @@ class Manifest:
         """blake2b that samples.arrow should have; compared by `check_table`."""
         self._batch = batch
         self._columns: dict[str, numpy.ndarray] = {}
+        self._sums = BlockSums(batch, blocks) if blocks else None
+        self.summaries: dict[str, Summary] = read_summaries(blocks, len(shards), len(batch)) if blocks else {}
+        """Of each data set that has samples; none in manifests of earlier versions."""
 
     @classmethod
     def open(cls, folder: str | Path) -> Manifest:
@@ -151,23 +159,36 @@ class Manifest:
                 f" {expected}: the files do not belong together; copy the folder again or shard anew"
             )
         digest = hashlib.blake2b(raw, digest_size=16).hexdigest()
-        return cls(folder, digest, shards, datasets, batch, samples_checksum)
+        try:
+            return cls(folder, digest, shards, datasets, batch, samples_checksum, entry.get("blocks"))
+        except (KeyError, TypeError, ValueError, zlib.error) as error:
+            raise DataError(
+                f"{folder / MANIFEST_NAME}: the entry `blocks` is malformed ({error!r}); copy the folder "
+                "again"
+            ) from error
 
     def check_table(self) -> None:
         """Compare samples.arrow, which holds the labels, with its checksum (about 1 s per GB).
 
-        Raises DataError where it was changed: the checksums of single samples do not cover their labels.
+        A large table that has checksums of its blocks is left alone here: `sample` checks each block when it
+        first reads from it. Raises DataError where the table was changed: the checksums of single samples do
+        not cover their labels.
         """
         path = self.folder / SAMPLES_NAME
+        if self._sums is not None and self._batch.nbytes > EAGER_BYTES:
+            return
         try:
             intact = hash_file(path) == self.samples_checksum
         except OSError as error:
             raise DataError(f"{path}: cannot be read ({error.strerror}); check the permissions") from error
         if not intact:
-            raise DataError(
-                f"{path}: its checksum is not that of {MANIFEST_NAME}: labels or places of samples were"
-                " changed or damaged after it was written; copy the folder again or shard anew"
-            )
+            raise self._changed("its checksum")
+
+    def _changed(self, what: str) -> DataError:
+        return DataError(
+            f"{self.folder / SAMPLES_NAME}: {what} is not that of {MANIFEST_NAME}: labels or places of "
+            "samples were changed or damaged after it was written; copy the folder again or shard anew"
+        )
 
     def __len__(self) -> int:
         return len(self._batch)
@@ -191,6 +212,7 @@ class Manifest:
         """All that is known of the sample at `index` (0 … len - 1)."""
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)} in {self.folder}")
+        self._check_block(index)
         row = {name: self._batch.column(name)[index].as_py() for name in SCHEMA.names if name != "keyframes"}
         try:
             row["shard"] = self.shards[row["shard"]].name
@@ -202,6 +224,12 @@ class Manifest:
                 " run `tubeworks data verify` on the folder, and copy or shard it anew"
             ) from None
         return SampleInfo(index=index, keyframes=self.keyframes(index), targets=self._targets(index), **row)
+
+    def _check_block(self, row: int) -> None:
+        """Raise DataError where the rows around this one were changed; a look at what is known otherwise."""
+        if self._sums is not None and not self._sums.intact(row):
+            first = row // self._sums.rows * self._sums.rows
+            raise self._changed(f"the checksum of the rows from {first} on")
 
     def keyframes(self, index: int) -> numpy.ndarray:
         """Indices of the key frames of the sample at `index`, read-only uint32; empty for images."""
@@ -257,6 +285,15 @@ class Manifest:
         """Indices (int64, ascending) of the samples of the data set that `find` returns."""
         number = self.datasets.index(self.find(dataset, default, kind))
         return numpy.flatnonzero(self.column("dataset") == number).astype(numpy.int64, copy=False)
+
+    def selection(self, dataset: str | None, default: str, kind: Kind) -> Selection | numpy.ndarray:
+        """Like `select`, without holding all indices in memory where the manifest knows its blocks."""
+        found = self.find(dataset, default, kind)
+        summary = self.summaries.get(found.name)
+        if summary is None or self._sums is None:
+            return self.select(dataset, default, kind)
+        column, number = self.column("dataset"), self.datasets.index(found)
+        return Selection(column, number, summary, self._sums.rows, self._check_block)
 
     def _listing(self) -> str:
         return ", ".join(f"{d.name} ({d.kind}, {d.samples} samples)" for d in self.datasets) or "nothing"
@@ -324,7 +361,7 @@ def _check_shard_files(folder: Path, shards: Sequence[ShardInfo]) -> None:
     missing, wrong = [], []
     for shard in shards:
         try:
-            size = os.stat(folder / shard.name).st_size
+            size = os.stat(os.path.join(folder, shard.name)).st_size  # a Path costs more than the call
         except FileNotFoundError:
             missing.append(shard.name)
         except OSError as error:

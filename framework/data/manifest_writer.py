@@ -21,6 +21,7 @@ from framework.data.manifest import (
     ShardInfo,
     version_of,
 )
+from framework.data.table import block_entry
 from framework.errors import DataError
 from framework.files import hash_file, replace_file, replace_text
 
@@ -56,6 +57,7 @@ def write_manifest(
             "bytes": path.stat().st_size,
             "blake2b": hash_file(path),
             "count": len(batch),
+            "blocks": block_entry(batch, len(shards), [dataset.name for dataset in datasets]),
         },
         "shards": [asdict(shard) for shard in shards],
         "datasets": [dataset_entry(dataset) for dataset in datasets],

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from framework.data.datasets import DatasetInfo, rows_of, targets_problem
 from framework.data.manifest import MANIFEST_NAME, Manifest
 from framework.data.plan import Plan, PlanSource
+from framework.data.table import Selection
 from framework.errors import DataError
 from framework.recipe.schema import Recipe, Source
 from framework.targets import TargetSpec, in_words
@@ -31,7 +32,7 @@ class OpenSource:
     source: Source
     manifest: Manifest
     dataset: DatasetInfo
-    selection: NDArray[np.int64]
+    selection: Selection | NDArray[np.int64]
 
     def __len__(self) -> int:
         return len(self.selection)
@@ -80,8 +81,12 @@ def build_plan(recipe: Recipe, sources: Mapping[str, OpenSource]) -> Plan:
 
 
 def _plan_source(opened: OpenSource, count: int) -> PlanSource:
-    shards = opened.manifest.column("shard")[opened.selection]
-    sizes = np.bincount(shards, minlength=len(opened.manifest.shards)).astype(np.int64)
+    summary = opened.manifest.summaries.get(opened.dataset.name)
+    if summary is not None:
+        sizes = summary.shards
+    else:
+        shards = opened.manifest.column("shard")[np.asarray(opened.selection)]
+        sizes = np.bincount(shards, minlength=len(opened.manifest.shards)).astype(np.int64)
     return PlanSource(opened.name, count, sizes, opened.identity)
 
 
@@ -89,7 +94,9 @@ def _open_source(name: str, source: Source, folder: Path, split: Split) -> OpenS
     manifest = Manifest.open(folder)
     manifest.check_table()
     dataset = manifest.find(source.dataset, name, source.kind)
-    opened = OpenSource(name, source, manifest, dataset, manifest.select(source.dataset, name, source.kind))
+    opened = OpenSource(
+        name, source, manifest, dataset, manifest.selection(source.dataset, name, source.kind)
+    )
     _check_classes(opened)
     if split == "validation":
         _check_same_classes(opened, Path(source.path))
@@ -114,10 +121,15 @@ def _check_classes(opened: OpenSource) -> None:
         _check_targets(opened)
         return
     found = len(opened.dataset.classes)
-    labels = opened.manifest.column("label")[opened.selection]
-    if int(labels.min()) < 0 or int(labels.max()) >= found:
+    summary = opened.manifest.summaries.get(opened.dataset.name)
+    if summary is not None:
+        low, high = summary.label_range
+    else:
+        labels = opened.manifest.column("label")[np.asarray(opened.selection)]
+        low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= found:
         raise DataError(
-            f"{_where(opened)} has labels from {labels.min()} to {labels.max()}, but {found} classes: "
+            f"{_where(opened)} has labels from {low} to {high}, but {found} classes: "
             "the manifest contradicts itself; shard the data anew"
         )
 
@@ -134,7 +146,7 @@ def _settings(key: str, targets: TargetSpec) -> str:
 
 def _check_targets(opened: OpenSource) -> None:
     problem = None
-    lengths, values = rows_of(*opened.manifest.targets(), opened.selection)
+    lengths, values = rows_of(*opened.manifest.targets(), np.asarray(opened.selection))
     kinds = opened.manifest.column("dataset").astype(np.int64)
     problem = targets_problem(opened.manifest.datasets, kinds, *opened.manifest.targets())
     if problem is None and opened.dataset.heads and len(values) and int(values.min()) < 0:
@@ -164,13 +176,16 @@ def _check_same_classes(opened: OpenSource, training: Path) -> None:
 
 
 def _check_media(opened: OpenSource) -> None:
-    manifest, selection = opened.manifest, opened.selection
+    summary, clip = opened.manifest.summaries.get(opened.dataset.name), opened.source.clip
+    by_rate = clip is not None and clip.fps is not None
+    if summary is not None and summary.fewest_frames > 0 and not (by_rate and summary.unknown_fps):
+        return
+    manifest, selection = opened.manifest, np.asarray(opened.selection)
     frames = manifest.column("frames")[selection]
     if int(frames.min()) < 1:
         key = manifest.sample(int(selection[int(frames.argmin())])).key
         raise DataError(f"{_where(opened)}: sample {key} has no decodable frame; shard the data anew")
-    clip = opened.source.clip
-    if clip is not None and clip.fps is not None:
+    if by_rate:
         fps = manifest.column("fps")[selection]
         bad = np.flatnonzero(~(np.isfinite(fps) & (fps > 0)))
         if len(bad):
