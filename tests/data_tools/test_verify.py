@@ -102,6 +102,7 @@ def test_decoding_finds_what_checksums_cannot(
 ) -> None:
     """A manifest that was made for other frames than are there, with all checksums right."""
     manifest = Manifest.open(shards)
+    key = manifest.sample(0).key
     table = bytearray((shards / SAMPLES_NAME).read_bytes())
     frames = manifest.column("frames").tobytes()
     place = table.index(frames)
@@ -115,7 +116,7 @@ def test_decoding_finds_what_checksums_cannot(
     done = tubeworks("verify", shards, "--decode", "--json")
     assert done.code == 3
     [problem] = done.json["problems"]
-    assert problem["key"] == manifest.sample(0).key
+    assert problem["key"] == key
     assert "frames" in problem["problem"]
 
 
