@@ -24,7 +24,7 @@ from framework import __version__
 from framework.errors import TubeworksError
 from framework.world import World
 from launch.checkpoint_cli import checkpoint_app
-from launch.launch_cli import app as launch_app
+from launch.commands import app as launch_app
 
 __all__ = ["app", "main"]
 
@@ -76,9 +76,9 @@ app = typer.Typer(
 )
 recipe_app = typer.Typer(no_args_is_help=True, help="Look at recipes.")
 app.add_typer(data_app, name="data")
+app.add_typer(launch_app, name="launch")
 app.add_typer(recipe_app, name="recipe")
 app.add_typer(checkpoint_app, name="ckpt")
-app.add_typer(launch_app, name="launch")
 
 RecipeName = Annotated[
     str, typer.Argument(metavar="RECIPE", help="Path of a recipe, or name of an installed one.")
@@ -242,8 +242,9 @@ def pictures(run: Run) -> None:
 def sync(run: Run) -> None:
     """Send what the journal of a run holds and MLflow does not have yet."""
     from framework.tracking import sync as sync_run
+    from launch.following import job_is_active
 
-    sync_run(run)
+    sync_run(run, settle=not job_is_active(run))
 
 
 @recipe_app.command("show")

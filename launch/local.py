@@ -67,8 +67,16 @@ def train_command(recipe: str, overrides: Sequence[str], ranks: int | None, run:
             f"--ranks {ranks} does not fit: the environment says that this is one of {world.size} ranks"
         )
     from framework.training.main import train_rank
+    from launch.supervised import exit_code_of, supervision_of
 
-    return train_rank(resolved.recipe, run, world)
+    try:
+        code = train_rank(resolved.recipe, run, world, supervision_of(run))
+    except TubeworksError as error:
+        if exit_code_of(error, error.exit_code, world, run) == error.exit_code:
+            raise
+        sys.stderr.write(f"error: {error}\n")
+        return 0
+    return exit_code_of(None, code, world, run)
 
 
 def _gpus() -> int:

@@ -10,12 +10,11 @@ import os
 import re
 import shutil
 import subprocess
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from framework.errors import SchedulerError
+from launch.slurm_answers import ENDED, Estimate, Job, PastJob, parse_job, parse_keys, parse_time
 
 __all__ = [
     "ENDED",
@@ -45,26 +44,7 @@ __all__ = [
 SECONDS = 30.0
 """A controller that has not answered by then is not going to; Slurm itself tries for 9 to 18 s."""
 
-ENDED = frozenset(
-    {
-        "BOOT_FAIL",
-        "CANCELLED",
-        "COMPLETED",
-        "DEADLINE",
-        "FAILED",
-        "NODE_FAIL",
-        "OUT_OF_MEMORY",
-        "PREEMPTED",
-        "REVOKED",
-        "TIMEOUT",
-    }
-)
-"""States from which a job does not come back by itself."""
-
-_FREE_TEXT = ("AdminComment", "Command", "Comment", "StdErr", "StdIn", "StdOut", "SystemComment", "WorkDir")
-"""Keys of `scontrol show job` whose values may hold spaces; each has a line of its own."""
 _SEPARATOR = "\x1f"  # in no name, path or comment
-_NOTHING = {"", "(null)", "None", "N/A", "Unknown", "UNLIMITED"}
 
 
 class SlurmMissing(SchedulerError):
@@ -77,62 +57,6 @@ class SlurmDown(SchedulerError):
 
 class UnknownJob(SchedulerError):
     """Slurm does not (or no longer) know the job."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """A job as the controller knows it; times are seconds since the epoch, None where there is none yet."""
-
-    job_id: str
-    """`24`, or `24_1` for an element of an array."""
-    name: str
-    state: str
-    """PENDING, RUNNING, COMPLETING, … or one of `ENDED`."""
-    reason: str
-    """Why it waits, in Slurm's word."""
-    partition: str
-    nodes: str
-    """In Slurm's short form: `c[1-2]`."""
-    node_count: int
-    restarts: int
-    requeues: bool
-    """Whether Slurm may put it back into the queue."""
-    submitted: float | None
-    started: float | None
-    ends: float | None
-    """End of a job that has ended; of another, when its time limit is over."""
-    preempted: float | None
-    """When Slurm decided to take its nodes away; None unless that is why it has to leave."""
-    excluded: str
-    comment: str
-    exit_code: str
-    """`code:signal` of the batch script."""
-
-    @property
-    def has_ended(self) -> bool:
-        """Whether it will not run again by itself."""
-        return self.state in ENDED
-
-
-@dataclass(frozen=True)
-class PastJob:
-    """One attempt of a job in the accounting database."""
-
-    job_id: str
-    state: str
-    exit_code: str
-    nodes: str
-    started: float | None
-    ended: float | None
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """What `sbatch --test-only` answers: Slurm's own words, and when and where the job would start."""
-
-    text: str
-    start: float | None
-    nodes: str
 
 
 def is_available() -> bool:
@@ -190,7 +114,7 @@ def show_job(job_id: str) -> Job:
         SchedulerError: see `run`.
     """
     blocks = [block for block in run("scontrol", "show", "job", job_id).split("\n\n") if block.strip()]
-    jobs = [_job(_keys(block)) for block in blocks]
+    jobs = [parse_job(parse_keys(block)) for block in blocks]
     for job in jobs:  # an array answers with all its elements
         if job.job_id == job_id:
             return job
@@ -240,7 +164,7 @@ def past_jobs(job_id: str) -> list[PastJob] | None:
         line.split(_SEPARATOR) for line in text.splitlines() if line.count(_SEPARATOR) == len(columns) - 1
     ]
     return [
-        PastJob(row[0], row[1].split()[0], row[2], row[3], _time(row[4]), _time(row[5]))
+        PastJob(row[0], row[1].split()[0], row[2], row[3], parse_time(row[4]), parse_time(row[5]))
         for row in rows
         if len(row) == len(columns) and row[1].strip()
     ]
@@ -308,7 +232,7 @@ def node_facts(node: str) -> dict[str, str]:
     Errors:
         SchedulerError: see `run`.
     """
-    return _keys(run("scontrol", "show", "node", node), free_text=("Reason", "Comment", "Extra", "OS"))
+    return parse_keys(run("scontrol", "show", "node", node), free_text=("Reason", "Comment", "Extra", "OS"))
 
 
 def configuration() -> dict[str, str]:
@@ -344,7 +268,7 @@ def estimate(script: Path, seconds: float = SECONDS) -> Estimate:
     start = re.search(r"to start at (\S+)", text)
     nodes = re.search(r"on nodes (\S+)", text)
     words = text.removeprefix("sbatch: ")
-    return Estimate(words, _time(start.group(1)) if start else None, nodes.group(1) if nodes else "")
+    return Estimate(words, parse_time(start.group(1)) if start else None, nodes.group(1) if nodes else "")
 
 
 def _environment() -> dict[str, str]:
@@ -369,53 +293,3 @@ def _failure(command: Sequence[str], said: str) -> SchedulerError:
     if re.search(r"Invalid job id", said):
         return UnknownJob(f"Slurm does not know job {command[-1]} (any more): {words}")
     return SchedulerError(f"`{what}` failed: {words}")
-
-
-def _keys(block: str, free_text: Sequence[str] = _FREE_TEXT) -> dict[str, str]:
-    """The `Key=value` pairs of one `scontrol show` block."""
-    keys: dict[str, str] = {}
-    for line in block.splitlines():
-        line = line.strip()
-        key, equals, value = line.partition("=")
-        if equals and key in free_text:
-            keys[key] = value
-            continue
-        for word in line.split():
-            name, equals, value = word.partition("=")
-            if equals:
-                keys[name] = value
-    return keys
-
-
-def _job(keys: Mapping[str, str]) -> Job:
-    def said(key: str) -> str:
-        value = keys.get(key, "")
-        return "" if value in _NOTHING else value
-
-    element = said("ArrayTaskId")
-    return Job(
-        job_id=f"{said('ArrayJobId')}_{element}" if element.isdigit() else said("JobId"),
-        name=said("JobName"),
-        state=said("JobState"),
-        reason=said("Reason"),
-        partition=said("Partition"),
-        nodes=said("NodeList"),
-        node_count=int(said("NumNodes").partition("-")[0] or 0),  # `2-4` while it waits for 2 to 4
-        restarts=int(said("Restarts") or 0),
-        requeues=said("Requeue") == "1",
-        submitted=_time(said("SubmitTime")),
-        started=_time(said("StartTime")),
-        ends=_time(said("EndTime")),
-        preempted=_time(said("PreemptTime")),
-        excluded=said("ExcNodeList"),
-        comment=said("Comment"),
-        exit_code=said("ExitCode"),
-    )
-
-
-def _time(text: str) -> float | None:
-    """Seconds since the epoch of Slurm's `2026-11-20T18:06:07`, which is local time."""
-    try:
-        return time.mktime(time.strptime(text, "%Y-%m-%dT%H:%M:%S"))
-    except ValueError:
-        return None

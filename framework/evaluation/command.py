@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,6 +33,7 @@ from framework.tracking.mirror import sync_run
 from framework.training.checkpoint import load_weights, newest_valid, read_manifest
 from framework.training.checkpoint_manifest import AVERAGE
 from framework.training.distributed import Peers, choose_device
+from framework.training.rendezvous import meet
 from framework.world import World
 
 __all__ = ["evaluate_command", "evaluate_run", "parse_views"]
@@ -61,7 +63,7 @@ def evaluate_command(
         raise TubeworksError(
             f"--ranks {ranks} does not fit: the environment says that this is one of {world.size} ranks"
         )
-    with _process_group(world):
+    with _process_group(run, world):
         report = evaluate_run(run, world, views=views, shuffle_frames=shuffle_frames, weights=weights)
     if not world.is_main:
         return
@@ -183,13 +185,14 @@ def _record(run: Path, recipe: Recipe, report: EvaluationReport, predictions: Pr
 
 
 @contextmanager
-def _process_group(world: World) -> Iterator[None]:
+def _process_group(run: Path, world: World) -> Iterator[None]:
     """Initialise torch.distributed for the evaluation, unless somebody has, or there is one rank."""
     if world.size == 1 or torch.distributed.is_initialized():
         yield
         return
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     choose_device(world)
+    os.environ.update(meet(run, world, os.environ))
     torch.distributed.init_process_group(
         backend, rank=world.rank, world_size=world.size, timeout=timedelta(minutes=30)
     )

@@ -9,15 +9,15 @@ from framework.tracking.mirror import sync_run
 __all__ = ["sync_command"]
 
 
-def sync_command(run: Path) -> None:
-    """Send what MLflow lacks of a run, and say what was sent.
+def sync_command(run: Path, settle: bool = True) -> None:
+    """Send what MLflow lacks of a run, and say what was sent; without `settle` the run goes on elsewhere.
 
     Errors:
         TubeworksError: see `sync_run`.
     """
     from rich.console import Console
 
-    report = sync_run(run)
+    report = sync_run(run, settle)
     Console(highlight=False, soft_wrap=True).print(
         f"sent {report.points} points and {report.files} files of {run} to MLflow run {report.run_id} "
         f"at {report.uri}",

@@ -35,7 +35,8 @@ __all__ = ["MlflowMirror", "RunInfo", "Status", "SyncReport", "settings_of", "sy
 
 logger = logging.getLogger(__name__)
 
-Status = Literal["FINISHED", "FAILED", "KILLED"]
+Status = Literal["FINISHED", "FAILED", "KILLED", "RUNNING"]
+"""How an attempt ended; RUNNING: another attempt will go on with the run."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,8 @@ class RunInfo:
     host: str = field(default_factory=socket.gethostname)
     tags: Mapping[str, str] = field(default_factory=dict)
     """More, for instance the Slurm job's id."""
+    supervised: bool = False
+    """Whether somebody starts the run again when it is killed, and sets its status when nobody will."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ class MlflowMirror:
 
     `close` waits at most `timeout` seconds for the last lines to be sent: by default 60, or 15 after a
     signal, when a scheduler counts the seconds. A training that ends without it (killed) is seen by the
-    mirror, which sends what there is and sets the status KILLED.
+    mirror, which sends what there is and sets the status KILLED, unless a supervisor does that.
     """
 
     def __init__(self, run: Path, recipe: Recipe, info: RunInfo, poll_seconds: float = 2.0) -> None:
@@ -103,7 +106,7 @@ class MlflowMirror:
         process, self._process = self._process, None
         if process is None:
             return not self.enabled
-        seconds = timeout if timeout is not None else 15.0 if status == "KILLED" else 60.0
+        seconds = timeout if timeout is not None else 60.0 if status in ("FINISHED", "FAILED") else 15.0
         code = _end_worker(process, status, seconds)
         if self._reader is not None:
             self._reader.join(5.0)
@@ -148,6 +151,7 @@ def settings_of(run: Path, recipe: Recipe, info: RunInfo) -> Settings:
         params=_parameters(recipe),
         tags=_tags(recipe, info),
         datasets=dict(info.manifests),
+        supervised=info.supervised,
     )
 
 
@@ -164,7 +168,7 @@ def sync_run(run: Path, settle: bool = True) -> SyncReport:
     run = Path(run).resolve()
     if not journal_path(run).is_file():
         raise TubeworksError(f"{run} has no journal.jsonl: it is not the folder of a run that has begun")
-    settings = _kept_settings(run)
+    settings = kept_settings(run)
     lock = RunLock(run)
     if not lock.acquire():
         raise TubeworksError(f"{run} is being sent by its training right now; sync it after its end")
@@ -189,7 +193,7 @@ def sync_run(run: Path, settle: bool = True) -> SyncReport:
     return SyncReport(str(sender.run_id), masked(settings.uri), points, files, sender.offset)
 
 
-def _kept_settings(run: Path) -> Settings:
+def kept_settings(run: Path) -> Settings:
     """The settings of the last attempt; the address with its password is only in the recipe."""
     from framework.recipe import load_recipe
 

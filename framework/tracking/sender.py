@@ -43,7 +43,7 @@ OFFSET_TAG = "tubeworks.offset"
 ID_TAG = "tubeworks.id"
 EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 """Model training, which is not what MLflow takes for granted."""
-ATTEMPT_TAGS = ("host", "world_size", "git.commit", "git.dirty")
+ATTEMPT_TAGS = ("host", "world_size", "git.commit", "git.dirty", "slurm.job_id", "slurm.nodes")
 """What is kept of every later attempt; the tags of these names are those of the last one."""
 ARTIFACTS = (
     "recipe.yaml",
@@ -75,6 +75,8 @@ class Settings:
     """Source name -> manifest hash."""
     poll_seconds: float = 2.0
     """How often a mirror looks for new lines."""
+    supervised: bool = False
+    """Whether somebody else sets the status of a run that was killed: it may go on."""
 
     def to_json(self) -> str:
         """One line of JSON."""
@@ -256,6 +258,11 @@ class Sender:
             save_state(self.run, self.state)
             sent += 1
         return sent
+
+    def mark(self, status: str) -> None:
+        """Set a status that is not the end: SCHEDULED."""
+        client, run_id = self._contact()
+        client.update_run(run_id, status=status)
 
     def finish(self, status: str, milliseconds: int | None = None) -> None:
         """Upload the journal and set how the run ended: FINISHED, FAILED or KILLED."""

@@ -5,7 +5,8 @@ data workers are forked while it works (a lock that a thread holds in that momen
 ever), and because a process can be ended whatever its server does.
 
 Standard input: the settings, then at the end `{"status": …, "seconds": …}`; an end of file instead means that
-the training was killed. Standard output: one JSON object per message for the training's log.
+the training was killed. The status RUNNING is no end: another attempt will go on. Standard output: one JSON
+object per message for the training's log.
 """
 
 from __future__ import annotations
@@ -57,14 +58,14 @@ class Mailbox:
         while b"\n" not in self._data:
             remaining = deadline - time.monotonic()
             if os.getppid() != self._parent:  # the pipe may be held open by the training's own children
-                return {"status": "KILLED", "seconds": KILLED_SECONDS}
+                return {"status": None, "seconds": KILLED_SECONDS}
             if remaining <= 0:
                 return None
             if not select.select([self._file], [], [], min(remaining, 1.0))[0]:
                 continue
             data = os.read(self._file, 65536)
             if not data:
-                return {"status": "KILLED", "seconds": KILLED_SECONDS}
+                return {"status": None, "seconds": KILLED_SECONDS}
             self._data += data
         line, _, self._data = self._data.partition(b"\n")
         return json.loads(line)
@@ -88,7 +89,8 @@ class Follower:
             self.attempt()
             message = self.mailbox.wait(self.pause)
         deadline = time.monotonic() + float(message["seconds"])
-        while not self.attempt(final=message["status"]):
+        when_killed = "RUNNING" if self.sender.settings.supervised else "KILLED"
+        while not self.attempt(final=message["status"] or when_killed):
             if self.outage_since is not None or time.monotonic() > deadline:
                 break  # one try is enough on a server that does not answer: `tubeworks sync` does it later
             time.sleep(0.2)
@@ -104,7 +106,7 @@ class Follower:
                 self.announced = True
             self.sender.send_points()
             self.sender.send_files()
-            if final is not None:
+            if final not in (None, "RUNNING"):
                 self.sender.finish(final)
         except Exception as error:  # noqa: BLE001 - whatever a server or its client does: report, and go on later
             self._failed(error)

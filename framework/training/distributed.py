@@ -7,12 +7,14 @@ import os
 import warnings
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
 from framework.errors import PeerLost, TubeworksError
+from framework.training.rendezvous import meet
 from framework.world import World
 
 __all__ = ["Peers", "choose_device", "peer_lost", "start_process_group"]
@@ -31,15 +33,20 @@ def choose_device(world: World) -> torch.device:
     return torch.device("cpu")
 
 
-def start_process_group(world: World, device: torch.device, seconds: float = 1800.0) -> Peers:
+def start_process_group(
+    world: World, device: torch.device, seconds: float = 1800.0, run: Path | None = None
+) -> Peers:
     """Start torch.distributed through DeepSpeed: nccl on GPUs, gloo on CPUs.
 
     A collective fails when it waits for `seconds`, or half an hour if that is longer.
-    MASTER_ADDR and MASTER_PORT must be in the environment when there may be several nodes.
+    Tasks of a Slurm step meet in the run folder; otherwise MASTER_ADDR and MASTER_PORT must be in the
+    environment when there may be several nodes.
 
     Errors:
         TubeworksError: ranks may be on several nodes, and nothing says where rank 0 is.
     """
+    if run is not None:
+        os.environ.update(meet(run, world, os.environ))
     if "MASTER_ADDR" not in os.environ and world.size > world.local_size:
         raise TubeworksError(
             f"{world.size} ranks do not know where rank 0 is: set MASTER_ADDR to its host and MASTER_PORT to "

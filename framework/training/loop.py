@@ -42,6 +42,7 @@ from framework.training.saver import Saver, tidy
 from framework.training.session import Session
 from framework.training.signals import SignalFlag
 from framework.training.state import TrainState
+from framework.training.supervision import Supervision
 from framework.training.transfer import on_device
 from framework.training.update import Outcome, take_step
 from framework.watch.attempts import close_attempt
@@ -54,42 +55,57 @@ __all__ = ["train"]
 log = logging.getLogger(__name__)
 
 
-def train(recipe: Recipe, run: Path, world: World, signals: SignalFlag, heart: Heart) -> int:
+def train(
+    recipe: Recipe,
+    run: Path,
+    world: World,
+    signals: SignalFlag,
+    heart: Heart,
+    supervision: Supervision | None = None,
+) -> tuple[int, bool]:
     """Train a recipe in a run folder, going on from its newest valid checkpoint if it has one.
 
-    Returns the number of the signal that ended training early, after a checkpoint; 0 at the regular end.
+    Returns the number of the signal that ended training early, after a checkpoint (0 at the regular end), and
+    whether the supervisor will start the run again.
 
     Errors:
         TubeworksError: with a message for the user, on every rank.
     """
     heart.beat("start")
     device = choose_device(world)
-    peers = start_process_group(world, device, 2 * SLOW * recipe.guards.hang_seconds)
+    peers = start_process_group(world, device, 2 * SLOW * recipe.guards.hang_seconds, run)
     with held_alone(run, peers):
         while True:
             try:
-                return attempt_run(recipe, run, device, peers, signals, heart)
+                return attempt_run(recipe, run, device, peers, signals, heart, supervision)
             except Rollback as rollback:
                 log.warning("%s", rollback)
             gc.collect()  # what the attempt held: the model, DeepSpeed's buffers
 
 
 def attempt_run(
-    recipe: Recipe, run: Path, device: torch.device, peers: Peers, signals: SignalFlag, heart: Heart
-) -> int:
-    """One attempt, from the newest valid checkpoint on; returns the signal that ended it early, or 0.
+    recipe: Recipe,
+    run: Path,
+    device: torch.device,
+    peers: Peers,
+    signals: SignalFlag,
+    heart: Heart,
+    supervision: Supervision | None,
+) -> tuple[int, bool]:
+    """One attempt, from the newest valid checkpoint on; returns what `train` does.
 
     Errors:
         Rollback: on all ranks, when the next attempt is to begin at once in the same processes.
     """
     heart.beat("start")
     session = prepare(recipe, run, device, peers, signals, heart)
+    session.supervision = supervision
     hosts = list(dict.fromkeys(peers.gather(platform.node())))
     attempt = peers.on_main(lambda: record_attempt(session, hosts))
     heart.begin(attempt, session.start, peers.collectives)
     recorder = Recorder(session, attempt)
     status: Status = "FAILED"
-    cause, stopped_by = "failed", 0
+    cause, stopped_by, goes_on = "failed", 0, False
     try:
         with closing(session.batches), collected_by_hand(), settled(session.saver):
             stopped_by = run_steps(session, recorder)
@@ -98,9 +114,11 @@ def attempt_run(
             recorder.finished(recipe.train.steps)
             recorder.evaluated(recipe.train.steps, evaluate_held_out(session))
             stopped_by = agreed_signal(session)
+        goes_on = will_go_on(session, stopped_by)
         status, cause = ("KILLED", "stopped") if stopped_by else ("FINISHED", "finished")
+        status = "RUNNING" if goes_on else status
     except Rollback:
-        status, cause = "KILLED", "rollback"
+        status, cause = "RUNNING", "rollback"
         session.engine.destroy()
         raise
     except BaseException as error:
@@ -112,7 +130,7 @@ def attempt_run(
         if peers.world.is_main:
             cause += f" by {signal.Signals(stopped_by).name}" if stopped_by else ""
             close_attempt(run, attempt, cause=cause, end_step=session.done)
-    return stopped_by
+    return stopped_by, goes_on
 
 
 def prepare(
@@ -265,6 +283,14 @@ def shares_of_classes(session: Session) -> dict[str, list[float]]:
     """For each multi-label source, the share of its samples to which each class applies."""
     sources = session.sources.items()
     return {n: class_shares(s).tolist() for n, s in sources if s.source.target == "multi"}
+
+
+def will_go_on(session: Session, stopped_by: int) -> bool:
+    """Whether the supervisor will start the run again after this signal; rank 0 asks, all know."""
+    supervision = session.supervision
+    if not stopped_by or supervision is None:
+        return False
+    return session.peers.on_main(lambda: supervision.goes_on(stopped_by))
 
 
 def finish_step(session: Session, step: int, taken: Outcome, micro_batches: list[Batch]) -> None:

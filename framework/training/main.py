@@ -10,6 +10,7 @@ from typing import Any
 from framework.errors import TubeworksError
 from framework.recipe.schema import Recipe
 from framework.training.signals import SignalFlag
+from framework.training.supervision import GOES_ON, Supervision
 from framework.watch.heart import Heart, start_heart
 from framework.world import World
 
@@ -18,8 +19,11 @@ __all__ = ["train_rank"]
 SHOWN = 32
 
 
-def train_rank(recipe: Recipe, run: Path, world: World) -> int:
-    """Train as one rank of a world; returns the exit code: 0, or 128 + n when signal n asked to stop.
+def train_rank(recipe: Recipe, run: Path, world: World, supervision: Supervision | None = None) -> int:
+    """Train as one rank of a world; returns the exit code.
+
+    0: done; `GOES_ON`: saved on a signal, and the supervisor will start the run again; 128 + n: signal n
+    asked to stop, and nobody will.
 
     Errors:
         TubeworksError: with a message for the user.
@@ -39,20 +43,27 @@ def train_rank(recipe: Recipe, run: Path, world: World) -> int:
         for handler in logging.getLogger().handlers:
             handler.setFormatter(logging.Formatter(f"rank {world.rank} %(levelname)s: %(message)s"))
     try:
-        return _train(recipe, run, world, signals, heart)
+        return _train(recipe, run, world, signals, heart, supervision)
     finally:
         heart.end()
         signals.end()
 
 
-def _train(recipe: Recipe, run: Path, world: World, signals: SignalFlag, heart: Heart) -> int:
+def _train(
+    recipe: Recipe,
+    run: Path,
+    world: World,
+    signals: SignalFlag,
+    heart: Heart,
+    supervision: Supervision | None,
+) -> int:
     import torch.distributed as dist
 
     from framework.training.distributed import peer_lost
     from framework.training.loop import train
 
     try:
-        stopped_by = train(recipe, run, world, signals, heart)
+        stopped_by, goes_on = train(recipe, run, world, signals, heart, supervision)
     except RuntimeError as error:
         lost = peer_lost(error)
         if lost is None:
@@ -61,6 +72,8 @@ def _train(recipe: Recipe, run: Path, world: World, signals: SignalFlag, heart: 
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+    if goes_on:
+        return GOES_ON
     return 128 + stopped_by if stopped_by else 0
 
 

@@ -27,9 +27,14 @@ __all__ = ["Recorder"]
 
 log = logging.getLogger(__name__)
 
-ENDINGS: dict[Status, str] = {"FINISHED": "finished", "KILLED": "stopped", "FAILED": "failed"}
+ENDINGS: dict[Status, str] = {
+    "FINISHED": "finished",
+    "KILLED": "stopped",
+    "FAILED": "failed",
+    "RUNNING": "stopped, to go on",
+}
 """What the statuses of MLflow are in plain words."""
-CLOSE_SECONDS: dict[Status, float] = {"FINISHED": 60.0, "KILLED": 15.0, "FAILED": 15.0}
+CLOSE_SECONDS: dict[Status, float] = {"FINISHED": 60.0, "KILLED": 15.0, "FAILED": 15.0, "RUNNING": 10.0}
 """How long MLflow may take at the end; schedulers kill about 30 seconds after their signal."""
 
 
@@ -104,7 +109,10 @@ class Recorder:
             log.warning("the pictures of the model could not be drawn: %s", error)
 
     def close(self, status: Status) -> None:
-        """The attempt is over: FINISHED, KILLED (stopped by a signal) or FAILED."""
+        """The attempt is over: FINISHED, KILLED (stopped by a signal), FAILED, or RUNNING: another follows.
+
+        Under a supervisor a failure does not end the run: that decides whether it is tried again.
+        """
         self._line.close()
         if not self._main:
             return
@@ -116,7 +124,10 @@ class Recorder:
                 raise
             log.warning("%s", error)
         finally:
-            self._mirror.close(status, CLOSE_SECONDS[status])
+            supervised = self._session.supervision is not None
+            self._mirror.close(
+                "RUNNING" if supervised and status == "FAILED" else status, CLOSE_SECONDS[status]
+            )
 
     def _open(self, attempt: int) -> None:
         """Begin the journal and its mirror (rank 0)."""
@@ -129,6 +140,8 @@ class Recorder:
             plan_hash=session.plan.hash,
             recipe_hash=recipe_hash(recipe),
             manifests=hashes,
+            supervised=session.supervision is not None,
+            tags=session.supervision.tags if session.supervision else {},
         )
         self._mirror = MlflowMirror(session.run, recipe, info)
         self._mirror.start()

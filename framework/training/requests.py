@@ -13,7 +13,7 @@ import torch
 
 from framework.errors import TubeworksError
 from framework.files import replace_text
-from framework.watch.control import COMMANDS, Mailbox
+from framework.watch.control import COMMANDS, Mailbox, excluded_nodes
 
 __all__ = ["STOPS", "Requests", "excluded_nodes"]
 
@@ -92,14 +92,6 @@ class Requests:
             self._mailbox.answer(done, text, step)
         except OSError as error:  # the training does not depend on it
             log.warning("a request cannot be answered: %s", error)
-
-
-def excluded_nodes(run: Path) -> list[str]:
-    """The nodes that an operator took out of a run with `launch ctl RUN exclude NODE`."""
-    try:
-        return [str(node) for node in json.loads((run / "excluded-nodes.json").read_text(encoding="utf-8"))]
-    except (FileNotFoundError, ValueError):
-        return []
 
 
 def _start_profiler() -> Any:

@@ -20,6 +20,7 @@ from framework.training.requests import Requests
 from framework.training.saver import Saver
 from framework.training.signals import SignalFlag
 from framework.training.state import TrainState
+from framework.training.supervision import Supervision
 from framework.training.transfer import Closable
 from framework.watch.heart import Heart
 
@@ -61,6 +62,8 @@ class Session:
     """Steps that the optimizer did not apply, in this attempt and before."""
     origin: dict[str, Any] | None = None
     """Where the weights come from, if from another run and in this attempt."""
+    supervision: Supervision | None = None
+    """Who started this attempt and may start the next; None: a person."""
     ledger: Ledger = field(init=False)
     """What this rank has fed since the last checkpoint."""
 

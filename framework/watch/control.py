@@ -26,6 +26,7 @@ __all__ = [
     "Answer",
     "Mailbox",
     "Request",
+    "excluded_nodes",
     "read_answer",
     "read_request",
     "send_request",
@@ -161,3 +162,11 @@ def serve_stacks(run: Path, rank: int, answered: str, stacks: Callable[[], str])
     temporary.write_text(stacks(), encoding="utf-8")
     temporary.replace(temporary.with_suffix(".txt"))
     return request.id
+
+
+def excluded_nodes(run: Path) -> list[str]:
+    """The nodes that an operator took out of a run with `launch ctl RUN exclude NODE`."""
+    try:
+        return [str(node) for node in json.loads((run / "excluded-nodes.json").read_text(encoding="utf-8"))]
+    except (FileNotFoundError, ValueError):
+        return []

@@ -54,7 +54,7 @@ PreemptMode=REQUEUE
 SlurmdParameters=config_overrides
 SlurmctldTimeout=30
 SlurmdTimeout=20
-KillWait=15
+KillWait=30
 MinJobAge=3600
 {accounting}
 JobCompType=jobcomp/filetxt

@@ -1,0 +1,137 @@
+"""What Slurm's commands answer, as values."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+__all__ = ["ENDED", "Estimate", "Job", "PastJob", "parse_job", "parse_keys", "parse_time"]
+
+ENDED = frozenset(
+    {
+        "BOOT_FAIL",
+        "CANCELLED",
+        "COMPLETED",
+        "DEADLINE",
+        "FAILED",
+        "NODE_FAIL",
+        "OUT_OF_MEMORY",
+        "PREEMPTED",
+        "REVOKED",
+        "TIMEOUT",
+    }
+)
+"""States from which a job does not come back by itself."""
+
+FREE_TEXT = ("AdminComment", "Command", "Comment", "StdErr", "StdIn", "StdOut", "SystemComment", "WorkDir")
+"""Keys of `scontrol show job` whose values may hold spaces; each has a line of its own."""
+NOTHING = {"", "(null)", "None", "N/A", "Unknown", "UNLIMITED"}
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job as the controller knows it; times are seconds since the epoch, None where there is none yet."""
+
+    job_id: str
+    """`24`, or `24_1` for an element of an array."""
+    name: str
+    state: str
+    """PENDING, RUNNING, COMPLETING, … or one of `ENDED`."""
+    reason: str
+    """Why it waits, in Slurm's word."""
+    partition: str
+    nodes: str
+    """In Slurm's short form: `c[1-2]`."""
+    node_count: int
+    restarts: int
+    requeues: bool
+    """Whether Slurm may put it back into the queue."""
+    submitted: float | None
+    started: float | None
+    ends: float | None
+    """End of a job that has ended; of another, when its time limit is over."""
+    preempted: float | None
+    """When Slurm decided to take its nodes away; None unless that is why it has to leave."""
+    excluded: str
+    work_dir: str
+    comment: str
+    exit_code: str
+    """`code:signal` of the batch script."""
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether it will not run again by itself."""
+        return self.state in ENDED
+
+
+@dataclass(frozen=True)
+class PastJob:
+    """One attempt of a job in the accounting database."""
+
+    job_id: str
+    state: str
+    exit_code: str
+    nodes: str
+    started: float | None
+    ended: float | None
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What `sbatch --test-only` answers: Slurm's own words, and when and where the job would start."""
+
+    text: str
+    start: float | None
+    nodes: str
+
+
+def parse_keys(block: str, free_text: Sequence[str] = FREE_TEXT) -> dict[str, str]:
+    """The `Key=value` pairs of one `scontrol show` block."""
+    keys: dict[str, str] = {}
+    for line in block.splitlines():
+        line = line.strip()
+        key, equals, value = line.partition("=")
+        if equals and key in free_text:
+            keys[key] = value
+            continue
+        for word in line.split():
+            name, equals, value = word.partition("=")
+            if equals:
+                keys[name] = value
+    return keys
+
+
+def parse_job(keys: Mapping[str, str]) -> Job:
+    def said(key: str) -> str:
+        value = keys.get(key, "")
+        return "" if value in NOTHING else value
+
+    element = said("ArrayTaskId")
+    return Job(
+        job_id=f"{said('ArrayJobId')}_{element}" if element.isdigit() else said("JobId"),
+        name=said("JobName"),
+        state=said("JobState"),
+        reason=said("Reason"),
+        partition=said("Partition"),
+        nodes=said("NodeList"),
+        node_count=int(said("NumNodes").partition("-")[0] or 0),  # `2-4` while it waits for 2 to 4
+        restarts=int(said("Restarts") or 0),
+        requeues=said("Requeue") == "1",
+        submitted=parse_time(said("SubmitTime")),
+        started=parse_time(said("StartTime")),
+        ends=parse_time(said("EndTime")),
+        preempted=parse_time(said("PreemptTime")),
+        excluded=said("ExcNodeList"),
+        work_dir=said("WorkDir"),
+        comment=said("Comment"),
+        exit_code=said("ExitCode"),
+    )
+
+
+def parse_time(text: str) -> float | None:
+    """Seconds since the epoch of Slurm's `2026-11-20T18:06:07`, which is local time."""
+    try:
+        return time.mktime(time.strptime(text, "%Y-%m-%dT%H:%M:%S"))
+    except ValueError:
+        return None

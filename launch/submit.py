@@ -1,0 +1,301 @@
+"""Submitting a run: all that it needs is fixed in its folder, then sbatch is called through submitit."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shlex
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from framework.errors import RecipeError, SchedulerError, TubeworksError
+from framework.recipe.schema import Recipe
+from launch import slurm
+from launch.site import Site, load_site, minutes
+from launch.snapshot import take_snapshot
+from launch.submission import Submission, launch_folder, newest_step, read_submission, write_submission
+from launch.wishes import Wishes
+
+__all__ = ["active_job", "batch_script", "plan_submission", "prepare_run", "resubmit", "submit_prepared"]
+
+log = logging.getLogger(__name__)
+
+
+def prepare_run(
+    recipe: str,
+    overrides: Sequence[str],
+    wishes: Wishes,
+    site_file: Path | None = None,
+    run: Path | None = None,
+    *,
+    local: bool = False,
+) -> Submission:
+    """Fix a run in its folder: checked recipe, copy of the code, MLflow run; nothing is submitted yet.
+
+    Errors:
+        RecipeError: the recipe, the site file, or a wish.
+        DataError: shards that are not there.
+        TubeworksError: a job or a training works on the folder already.
+        CheckpointError: the folder cannot be written.
+        SchedulerError: no Slurm, or its controller does not answer.
+    """
+    from framework.recipe import dump_yaml, load_recipe
+    from framework.training.storage import explain_os_error, write_text
+
+    site = load_site(site_file)
+    resolved = with_absolute_paths(load_recipe(recipe, overrides).recipe)
+    folder = (run or Path(site.runs) / resolved.name).resolve()
+    submission = replace(plan_submission(resolved, wishes, site, folder), local=local)
+    check_recipe(resolved, submission)
+    if not submission.local and not slurm.is_available():
+        raise slurm.SlurmMissing(
+            "there is no Slurm on this machine: submit from a login node, or use `--local` to train here"
+        )
+    refuse_if_active(folder)
+    with explain_os_error(folder):
+        launch_folder(folder).mkdir(parents=True, exist_ok=True)
+        (folder / "logs").mkdir(exist_ok=True)
+    check_folder(folder, resolved)
+    git = take_snapshot(folder / "code")
+    write_text(launch_folder(folder) / "recipe.yaml", dump_yaml(resolved))
+    if not (folder / "recipe.yaml").exists():
+        write_text(folder / "recipe.yaml", dump_yaml(resolved))
+    submission = replace(submission, git=git, mlflow_run=register(folder, resolved, git))
+    write_submission(submission)
+    return submission
+
+
+def plan_submission(recipe: Recipe, wishes: Wishes, site: Site, folder: Path) -> Submission:
+    """What will be asked of Slurm: the wishes, and the site's defaults for the rest.
+
+    Errors:
+        RecipeError: a wish that makes no sense.
+    """
+    said = site.model_dump() | wishes.given()
+    try:
+        limit = minutes(said["time"])
+    except ValueError as error:
+        raise RecipeError(f"--time: {error}") from error
+    container = dict(said["container"]) if isinstance(said["container"], dict) else None
+    if isinstance(said["container"], str):
+        container = {**(site.container.model_dump() if site.container else {}), "image": said["container"]}
+    names = (
+        "nodes",
+        "gpus_per_node",
+        "memory_per_node",
+        "partition",
+        "account",
+        "qos",
+        "constraint",
+        "exclude",
+    )
+    names += ("signal_seconds", "max_requeues", "max_crashes", "environment", "sbatch", "cpus_per_rank")
+    return Submission(
+        run=str(folder),
+        name=recipe.name,
+        ranks_per_node=said["ranks_per_node"] or said["gpus_per_node"] or 1,
+        minutes=limit,
+        container=container,
+        setup=tuple(site.setup),
+        srun=tuple(site.srun),
+        **{name: said[name] for name in names},
+    )
+
+
+def submit_prepared(submission: Submission) -> Submission:
+    """Call sbatch for a run whose folder is ready; returns the submission with its job.
+
+    Errors:
+        SchedulerError: Slurm refuses.
+    """
+    from submitit.core.utils import FailedJobError, FailedSubmissionError
+
+    from launch.supervisor import supervise_job
+
+    executor = _executor(submission)
+    try:
+        job = executor.submit(supervise_job, submission.run)
+    except (FailedJobError, FailedSubmissionError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        said = [line for line in lines if "sbatch" in line or "rror" in line] or lines
+        raise SchedulerError(f"Slurm refuses the job: {'; '.join(said[-3:])[:800]}") from error
+    submission = replace(submission, job_id=str(job.job_id), submitted=time.time())
+    write_submission(submission)
+    return submission
+
+
+def batch_script(submission: Submission) -> str:
+    """The exact script that `submit_prepared` gives to sbatch."""
+    executor = _executor(submission)
+    return executor._make_submission_file_text(executor._submitit_command_str, "")
+
+
+def _executor(submission: Submission) -> Any:
+    """Submitit's executor with everything that Slurm is asked for."""
+    from submitit import SlurmExecutor
+
+    run = Path(submission.run)
+    try:
+        executor = SlurmExecutor(folder=launch_folder(run) / "slurm")
+    except RuntimeError as error:
+        raise slurm.SlurmMissing(
+            "there is no Slurm on this machine: submit from a login node, or use `--local` to train here"
+        ) from error
+    wanted = {
+        "job_name": submission.name,
+        "nodes": submission.nodes,
+        "ntasks_per_node": submission.ranks_per_node,
+        "gpus_per_node": submission.gpus_per_node or None,
+        "cpus_per_task": submission.cpus_per_rank,
+        "mem": submission.memory_per_node,
+        "partition": submission.partition,
+        "account": submission.account,
+        "qos": submission.qos,
+        "constraint": submission.constraint,
+        "exclude": submission.exclude,
+    }
+    more = {"requeue": True, "chdir": str(run / "code"), "output": f"{run}/logs/slurm-%j.log"}
+    executor.update_parameters(
+        time=submission.minutes,
+        signal_delay_s=submission.signal_seconds,
+        wckey=None,  # submitit's own is refused where workload keys are checked
+        stderr_to_stdout=True,
+        use_srun=False,
+        additional_parameters={**more, **submission.sbatch},
+        setup=[
+            "# Slurm's SIGTERM reaches this shell too; the supervisor below still has to write down why",
+            "trap : TERM",
+            f"export PYTHONPATH={shlex.quote(str(run / 'code'))}${{PYTHONPATH:+:$PYTHONPATH}}",
+            *submission.setup,
+        ],
+        **{name: value for name, value in wanted.items() if value is not None},
+    )
+    return executor
+
+
+def resubmit(run: Path, changes: Wishes, *, new_code: bool = False) -> Submission:
+    """Submit a run again, on other nodes or with other limits; a job of it that waits is cancelled first.
+
+    Errors:
+        TubeworksError: it was never submitted, its job is running, or it is finished.
+        SchedulerError: Slurm refuses.
+    """
+    from framework.recipe import load_recipe
+
+    before = read_submission(run)
+    recipe = load_recipe(str(launch_folder(run) / "recipe.yaml")).recipe
+    if newest_step(run) >= recipe.train.steps:
+        raise TubeworksError(f"{run} is finished: its checkpoint of step {recipe.train.steps} is there")
+    said = changes.given()
+    if "time" in said:
+        try:
+            said["minutes"] = minutes(said.pop("time"))
+        except ValueError as error:
+            raise RecipeError(f"--time: {error}") from error
+    if "container" in said:
+        said["container"] = {**(before.container or {}), "image": said["container"]}
+    if "gpus_per_node" in said and "ranks_per_node" not in said:
+        said["ranks_per_node"] = said["gpus_per_node"] or before.ranks_per_node
+    submission = replace(before, **said, local=False)
+    check_recipe(recipe, submission)
+    job = active_job(run)
+    if job is not None and job.state != "PENDING":
+        raise TubeworksError(
+            f"job {job.job_id} works on {run} ({job.state.lower()}): wait for it, or end it with "
+            f"`tubeworks launch cancel {run}`"
+        )
+    if job is not None:
+        slurm.cancel(job.job_id)
+    if new_code:
+        submission = replace(submission, git=take_snapshot(Path(submission.run) / "code"))
+    return submit_prepared(submission)
+
+
+def active_job(run: Path) -> slurm.Job | None:
+    """The job that works on a run or waits to; None without one, or where nobody knows of it any more."""
+    try:
+        submission = read_submission(run)
+    except TubeworksError:
+        return None
+    if submission.job_id is None:
+        return None
+    try:
+        job = slurm.show_job(submission.job_id)
+    except (slurm.UnknownJob, slurm.SlurmMissing):
+        return None
+    # a new cluster, or one whose counter began again, gives the same numbers to other jobs
+    return None if job.has_ended or job.work_dir != f"{submission.run}/code" else job
+
+
+def refuse_if_active(folder: Path) -> None:
+    """Make sure that no job works on the run folder.
+
+    Errors:
+        TubeworksError: one does.
+    """
+    job = active_job(folder)
+    if job is not None:
+        raise TubeworksError(
+            f"job {job.job_id} ({job.state.lower()}) works on {folder}: wait for it, cancel it with "
+            f"`tubeworks launch cancel {folder}`, or choose another --run folder"
+        )
+
+
+def check_recipe(recipe: Recipe, submission: Submission) -> None:
+    """What would otherwise fail after hours in the queue: batch and ranks, and shards that are not there.
+
+    Errors:
+        RecipeError: the ranks cannot share the batch.
+        DataError: shards that cannot be opened.
+    """
+    from framework.data.manifest import Manifest
+    from framework.data.plan import check_shares
+
+    check_shares(recipe.data.mixture, submission.ranks, recipe.train.accumulation)
+    for name in recipe.data.mixture:
+        Manifest.open(recipe.data.sources[name].path)
+
+
+def check_folder(folder: Path, recipe: Recipe) -> None:
+    """Make sure that a run that lies in the folder is of the same experiment.
+
+    Errors:
+        RecipeError: it is not; what differs is listed.
+    """
+    if not (folder / "recipe.yaml").exists():
+        return
+    from framework.training.run_folder import check_continuation, read_run
+
+    state = read_run(folder)
+    check_continuation(folder, recipe, state["plan"] if state else "")
+
+
+def register(folder: Path, recipe: Recipe, git: dict[str, str]) -> str | None:
+    """Make the MLflow run, or leave that to the training where no server answers."""
+    if not recipe.tracking.mlflow:
+        return None
+    from framework.recipe import recipe_hash
+    from framework.tracking.mirror import RunInfo
+    from framework.tracking.registration import register_run
+
+    info = RunInfo(recipe_hash=recipe_hash(recipe), git=git, host="", supervised=True)
+    return register_run(folder, recipe, info)
+
+
+def with_absolute_paths(recipe: Recipe) -> Recipe:
+    """The recipe with paths that mean the same wherever the job starts."""
+    values = recipe.model_dump()
+    for source in values["data"]["sources"].values():
+        for key in ("path", "validation"):
+            source[key] = _absolute(source.get(key))
+    for key in ("weights", "tubes", "encoder"):
+        if values.get("init") and values["init"].get(key):
+            values["init"][key] = _absolute(values["init"][key])
+    return Recipe.model_validate(values)
+
+
+def _absolute(path: str | None) -> str | None:
+    return path if path is None or "://" in path else os.path.abspath(path)
