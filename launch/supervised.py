@@ -32,14 +32,14 @@ def supervision_of(run: Path, env: Mapping[str, str] | None = None) -> Supervisi
         return None
     job_id = slurm.own_job_id(env)
     if job_id is None:  # on this machine: whoever sends a signal wants it to end
-        return Supervision(lambda _signal: _stays_stopped(run))
+        return Supervision(lambda _number: _stays_stopped(run))
     tags = {
         "slurm.job_id": job_id,
         "slurm.nodes": env.get("SLURM_JOB_NODELIST", ""),
         "slurm.partition": env.get("SLURM_JOB_PARTITION", ""),
         "slurm.restart_count": env.get("SLURM_RESTART_COUNT", "0"),
     }
-    return Supervision(lambda _signal: _goes_on(run, job_id), tags)
+    return Supervision(lambda number: _goes_on(run, job_id, number), tags)
 
 
 def exit_code_of(error: TubeworksError | None, code: int, world: World, run: Path) -> int:
@@ -60,7 +60,7 @@ def _stays_stopped(run: Path) -> bool:
     return False
 
 
-def _goes_on(run: Path, job_id: str) -> bool:
+def _goes_on(run: Path, job_id: str, number: int) -> bool:
     """Whether the job will be requeued: not when a person cancelled it, and not beyond its limits."""
     submission, history = read_submission(run), attempts_of(run)
     if not history or history[-1].cause is not None:

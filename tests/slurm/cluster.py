@@ -61,7 +61,7 @@ JobCompType=jobcomp/filetxt
 JobCompLoc={folder}/jobcomp.txt
 {gres}
 {nodes}
-PartitionName=low Nodes=c[1-3] Default=YES MaxTime=60 PriorityTier=1 PreemptMode=REQUEUE GraceTime=20
+PartitionName=low Nodes=c[1-3] Default=YES MaxTime=60 PriorityTier=1 PreemptMode=REQUEUE GraceTime=60
 PartitionName=high Nodes=c[1-3] MaxTime=60 PriorityTier=10 PreemptMode=OFF
 """
 
