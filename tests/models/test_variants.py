@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -16,11 +16,23 @@ TUBES = (
     Tube(kernel=(8, 4, 4), stride=(3, 16, 16), offset=(2, 4, 4), space_to_depth=(1, 2, 2)),
     Tube(kernel=(1, 8, 8), stride=(16, 8, 8)),
 )
-INPUTS = {"clips": InputSpec("video", 16, 32, 3), "photos": InputSpec("image", 1, 32, 5)}
+EIGHT = (
+    *TUBES[:2],
+    *(Tube(kernel=(length, 8, 8), stride=(length, 16, 16)) for length in (2, 3, 4, 5, 16)),
+    TUBES[2],
+)
+INPUTS = {
+    "clips": InputSpec("video", 16, 32, 3),
+    "photos": InputSpec("image", 1, 32, 7, (("place", 5), ("colour", 2))),
+}
 VARIANTS: list[dict[str, object]] = [
     *({"position": position} for position in get_args(Position)),
     *({"pool": pool} for pool in get_args(Pool)),
     *({"tubes": TUBES[-count:]} for count in (1, 2)),
+    {"tubes": EIGHT},
+    {"scale_up": {"tube_width": 96, "frozen_layers": 0}},
+    {"scale_up": {"tube_width": 192, "frozen_layers": 0, "gate": "channel", "gate_input": "before_position"}},
+    {"scale_up": {"tube_width": 96, "frozen_layers": 0, "gate": "none", "train_tokenizer": True}},
     {"kernels": "interpolated"},
     {"kernels": "interpolated", "interpolate_2d": True},
     {"kernels": "interpolated", "position": "learned", "pool": "class_token", "dropout": 0.1},
@@ -49,11 +61,15 @@ def test_every_size_in_every_variant(name: str, variant: dict[str, object], tmp_
     logits = model(clips, {source: torch.arange(2) for source in clips})
     assert {source: tuple(value.shape) for source, value in logits.items()} == {
         "clips": (2, 3),
-        "photos": (2, 5),
+        "photos": (2, 7),
     }
     torch.stack([value.logsumexp(1).sum() - value[:, 0].sum() for value in logits.values()]).sum().backward()
-    silent = [key for key, value in model.named_parameters() if value.grad is None or not value.grad.any()]
-    assert silent == []
+    frozen = {key for key, value in model.named_parameters() if not value.requires_grad}
+    silent = {key for key, value in model.named_parameters() if value.grad is None or not value.grad.any()}
+    assert silent == frozen
+    assert all(key.startswith("tokenizer.") for key in frozen)
+    scale_up: Any = variant.get("scale_up")
+    assert bool(frozen) == (scale_up is not None and "train_tokenizer" not in scale_up)
 
     file = tmp_path / "weights.pt"
     torch.save(model.state_dict(), file)
