@@ -11,19 +11,22 @@ from torch.nn import functional
 
 from framework.data.randomness import Draws
 from framework.data.video import Box
-from framework.recipe.schema import Augment
+from framework.recipe.schema import Augment, ScaleJitter
 
 __all__ = ["random_box", "resize", "view_boxes"]
 
 _TRIES = 10
 
 
-def random_box(draws: Draws, height: int, width: int, augment: Augment) -> Box:
+def random_box(draws: Draws, height: int, width: int, augment: Augment, size: int = 0) -> Box:
     """A crop of random area and aspect ratio (Szegedy et al. 2015, "Going deeper", §6), in pixels.
 
     The area is uniform in `crop_area` x the frame, the logarithm of width / height uniform in `crop_ratio`.
-    After ten boxes that do not fit, the middle of the frame with the nearest allowed ratio.
+    After ten boxes that do not fit, the middle of the frame with the nearest allowed ratio. With
+    `scale_jitter`, a square instead: what a crop of `size` pixels is when the short side has a random length.
     """
+    if augment.scale_jitter is not None:
+        return _scaled_square(draws, height, width, augment.scale_jitter, size)
     low, high = (math.log(ratio) for ratio in augment.crop_ratio)
     for _ in range(_TRIES):
         area = draws.uniform(*augment.crop_area) * height * width
@@ -37,6 +40,15 @@ def random_box(draws: Draws, height: int, width: int, augment: Augment) -> Box:
     box_width = max(1, min(width, round(height * ratio)))
     box_height = max(1, min(height, round(width / ratio)))
     return Box((height - box_height) // 2, (width - box_width) // 2, box_height, box_width)
+
+
+def _scaled_square(draws: Draws, height: int, width: int, jitter: ScaleJitter, size: int) -> Box:
+    """A square somewhere in the frame, at most as large as its short side."""
+    short = min(height, width)
+    scale = draws.uniform(*jitter.scale)
+    side = max(1, min(short, round(short * size / (jitter.short_side * scale))))
+    top, left = draws.integer(height - side + 1), draws.integer(width - side + 1)
+    return Box(top, left, side, side)
 
 
 def view_boxes(height: int, width: int, views: int) -> list[Box]:

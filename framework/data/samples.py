@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from framework.data.augment import random_box, resize, view_boxes
 from framework.data.clips import random_clip, uniform_clips
+from framework.data.color import color_jitter
 from framework.data.image import decode_image
 from framework.data.manifest import SampleInfo
 from framework.data.progress import STAGES, stage
@@ -58,7 +59,7 @@ class SampleReader:
         return self._shards.corrupt(info, reason)
 
     def training_view(self, info: SampleInfo, seed: int) -> Pixels:
-        """The random view of a sample that `seed` decides: clip, crop, flip, RandAugment.
+        """The random view of a sample that `seed` decides: clip, crop, flip, RandAugment, colours.
 
         Errors:
             CorruptSample: bytes that are not those of the manifest, or that do not decode.
@@ -68,13 +69,15 @@ class SampleReader:
         frames = [0]
         if source.clip is not None:
             frames = random_clip(source.clip, info.frames, info.fps, Draws(seed, "clip"))
-        box = random_box(Draws(seed, "crop"), info.height, info.width, source.augment)
+        box = random_box(Draws(seed, "crop"), info.height, info.width, source.augment, source.size)
         pixels = self._views(info, [_View(frames, box)])[0]
         with self._timed("augment"):
             if Draws(seed, "flip").chance(source.augment.flip):
                 pixels = pixels[:, :, ::-1]
             if source.augment.randaugment is not None:
                 pixels = rand_augment(pixels, source.augment.randaugment, Draws(seed, "randaugment"))
+            if source.augment.color_jitter is not None:
+                pixels = color_jitter(pixels, source.augment.color_jitter, Draws(seed, "color_jitter"))
         return pixels
 
     def evaluation_views(

@@ -14,6 +14,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from framework.data.limits import DECODE_SECONDS, READ_SECONDS
+from framework.recipe.augment_sections import ColorJitter, ScaleJitter
 from framework.recipe.checkpoint_section import Best, Checkpoint, check_best
 from framework.recipe.guard_sections import Guards
 from framework.recipe.init_sections import ImageInit
@@ -48,6 +49,7 @@ __all__ = [
     "BrokenRule",
     "Checkpoint",
     "Clip",
+    "ColorJitter",
     "Data",
     "Engine",
     "Evaluation",
@@ -62,6 +64,7 @@ __all__ = [
     "Position",
     "RandAugment",
     "Recipe",
+    "ScaleJitter",
     "ScaleUp",
     "Schedule",
     "Source",
@@ -110,6 +113,8 @@ class Augment(Section):
     flip: Fraction = 0.5
     """Probability of mirroring left and right; 0 where left and right carry meaning."""
     randaugment: RandAugment | None = None
+    color_jitter: ColorJitter | None = None
+    scale_jitter: ScaleJitter | None = None
 
     @model_validator(mode="after")
     def _ranges_are_ranges(self) -> Augment:
@@ -218,7 +223,16 @@ class Schedule(Section):
     name: Literal["cosine", "constant"] = "cosine"
     warmup: NonNegative = 0
     """Steps of linear warm-up."""
+    warmup_epochs: Annotated[float, Field(gt=0)] | None = None
+    """The same in epochs of the mixture's first source, instead of `warmup`."""
     final: Fraction = 0.0
+
+    @model_validator(mode="after")
+    def _one_warmup(self) -> Schedule:
+        if self.warmup and self.warmup_epochs is not None:
+            text = "is said beside `warmup_epochs`; leave one of them out (`null` or 0 unsets one of a base)"
+            raise BrokenRule(text, "warmup")
+        return self
 
 
 class Engine(Section):

@@ -35,6 +35,7 @@ from framework.training.initial import initialise
 from framework.training.memory import collected_by_hand, returned_memory
 from framework.training.meters import Meters
 from framework.training.numbers import NumbersGuard, Rollback
+from framework.training.optim import resolve_schedule
 from framework.training.recorder import Recorder
 from framework.training.retention import prune
 from framework.training.run_folder import append_event, check_continuation, held_alone, open_run
@@ -44,7 +45,7 @@ from framework.training.signals import SignalFlag
 from framework.training.state import TrainState
 from framework.training.supervision import Supervision
 from framework.training.transfer import on_device
-from framework.training.update import Outcome, take_step
+from framework.training.update import Outcome, schedule_of, take_step
 from framework.watch.attempts import close_attempt
 from framework.watch.heart import Heart
 from framework.watch.sentinel import SLOW
@@ -205,6 +206,7 @@ def open_data(recipe: Recipe, world: World) -> tuple[dict[str, OpenSource], dict
     sources = open_sources(recipe, "train")
     held_out = open_sources(recipe, "validation")
     plan = build_plan(recipe, sources)
+    resolve_schedule(recipe, {name: len(source) for name, source in sources.items()})
     plan.check(world.size, recipe.train.accumulation)
     return sources, held_out, plan
 
@@ -229,7 +231,9 @@ def run_steps(session: Session, recorder: Recorder) -> int:
     targets = {name: None if blind else recipe.data.sources[name].targets for name in recipe.data.mixture}
     meters = Meters(targets, session.device)
     feed = Feed(session)
-    collapse = CollapseGuard(recipe, shares_of_classes(session))
+    collapse = CollapseGuard(
+        recipe.model_copy(update={"schedule": schedule_of(session)}), shares_of_classes(session)
+    )
     dead = DeadGuard(session.engine.module, recipe)
     counters = Counters(meters=meters, collapse=collapse, dead=dead, numbers=session.guard)
     counters.restore(session.counted, peers.world.rank, peers.world.size)

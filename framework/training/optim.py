@@ -3,14 +3,38 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import nn
 
-from framework.recipe.schema import Optimizer, Schedule
+from framework.errors import RecipeError
+from framework.recipe.schema import Optimizer, Recipe, Schedule
 
-__all__ = ["build_optimizer", "learning_rate", "parameter_groups"]
+__all__ = ["build_optimizer", "learning_rate", "parameter_groups", "resolve_schedule"]
+
+
+def resolve_schedule(recipe: Recipe, samples: Mapping[str, int]) -> Schedule:
+    """The schedule with its warm-up in steps; a recipe may say it in epochs of the mixture's first source.
+
+    Args:
+        recipe: the whole recipe.
+        samples: how many samples each source has.
+
+    Errors:
+        RecipeError: a warm-up that is as long as the training.
+    """
+    epochs = recipe.schedule.warmup_epochs
+    if epochs is None:
+        return recipe.schedule
+    source, share = next(iter(recipe.data.mixture.items()))
+    steps = max(1, round(epochs * samples[source] / share))
+    if steps >= recipe.train.steps:
+        raise RecipeError(
+            f"schedule.warmup_epochs: {epochs} epochs of {source} are {steps} steps, and the training has "
+            f"{recipe.train.steps} (train.steps); an epoch is {samples[source] / share:.0f} steps"
+        )
+    return recipe.schedule.model_copy(update={"warmup": steps, "warmup_epochs": None})
 
 
 def learning_rate(step: int, *, base: float, steps: int, schedule: Schedule) -> float:

@@ -10,15 +10,16 @@ from torch import Tensor
 
 from framework.data.loader import Batch
 from framework.forecast.memory_advice import memory_explained
+from framework.recipe.schema import Schedule
 from framework.training.engine import unsharded_norm
 from framework.training.meters import Meters
 from framework.training.numbers import StepNumbers, Verdict
-from framework.training.optim import learning_rate
+from framework.training.optim import learning_rate, resolve_schedule
 from framework.training.session import Session
 from framework.training.step import micro_step
 from framework.watch.control import COMMANDS
 
-__all__ = ["Agreed", "Outcome", "take_step"]
+__all__ = ["Agreed", "Outcome", "schedule_of", "take_step"]
 
 
 @dataclass(frozen=True)
@@ -51,10 +52,16 @@ class Outcome:
     numbers: StepNumbers
 
 
+def schedule_of(session: Session) -> Schedule:
+    """The schedule of this run, whose warm-up may be said in epochs of its data."""
+    return resolve_schedule(session.recipe, {name: len(source) for name, source in session.sources.items()})
+
+
 def take_step(session: Session, step: int, micro_batches: list[Batch], meters: Meters) -> Outcome:
     """Forward, backward and update, with one small exchange between the ranks beside the backward pass."""
     recipe, engine, heart, guard = session.recipe, session.engine, session.heart, session.guard
-    lr = learning_rate(step, base=recipe.optimizer.lr, steps=recipe.train.steps, schedule=recipe.schedule)
+    settings = schedule_of(session)
+    lr = learning_rate(step, base=recipe.optimizer.lr, steps=recipe.train.steps, schedule=settings)
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
     numbers = StepNumbers(session.device, len(micro_batches))

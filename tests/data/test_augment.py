@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from framework.data.augment import random_box, resize, view_boxes
+from framework.data.color import color_jitter
 from framework.data.randaugment import OPERATIONS, rand_augment
 from framework.data.randomness import Draws
-from framework.recipe.schema import Augment, RandAugment
+from framework.recipe.schema import Augment, ColorJitter, RandAugment, ScaleJitter
 
 SIDES = st.integers(1, 3000)
 
@@ -104,3 +105,71 @@ def test_rand_augment_is_a_function_of_its_seed(clip: np.ndarray) -> None:
     for one, other in zip(results, again, strict=True):
         np.testing.assert_array_equal(one, other)
     assert len({result.tobytes() for result in results}) > 8
+
+
+def clip_of_colours() -> np.ndarray:
+    """Five frames that are all alike, in many colours."""
+    frame = np.random.default_rng(3).integers(0, 256, (24, 32, 3), dtype=np.uint8)
+    return np.stack([frame] * 5)
+
+
+def test_colours_change_alike_in_all_frames_and_by_the_seed() -> None:
+    frames, settings = clip_of_colours(), ColorJitter(probability=1.0)
+    changed = color_jitter(frames, settings, Draws(1, "color_jitter"))
+    assert changed.shape == frames.shape
+    assert all(np.array_equal(frame, changed[0]) for frame in changed)
+    assert not np.array_equal(changed, frames)
+    assert np.array_equal(changed, color_jitter(frames, settings, Draws(1, "color_jitter")))
+    assert not np.array_equal(changed, color_jitter(frames, settings, Draws(2, "color_jitter")))
+
+
+def test_how_often_colours_change_and_drop() -> None:
+    frames = clip_of_colours()[:1]
+    settings = ColorJitter(probability=0.8, drop=0.1)
+    results = [color_jitter(frames, settings, Draws(seed, "color_jitter")) for seed in range(400)]
+    same = np.mean([np.array_equal(result, frames) for result in results])
+    grey = np.mean([(result == result[..., :1]).all() for result in results])
+    assert same == pytest.approx(0.2 * 0.9, abs=0.06)
+    assert grey == pytest.approx(0.1, abs=0.04)
+
+
+@pytest.mark.parametrize("only", ["brightness", "saturation", "contrast", "hue"])
+def test_each_change_does_what_it_is_called(only: str) -> None:
+    nothing = {"brightness": 0, "saturation": 0, "contrast": 0, "hue": 0, "drop": 0, "probability": 1}
+    frames = clip_of_colours() // 2 + 64
+    still = color_jitter(frames, ColorJitter.model_validate(nothing), Draws(4, "color_jitter"))
+    assert np.abs(still.astype(int) - frames).max() <= 6, "HSV and back is not exact"
+    changed = color_jitter(
+        frames, ColorJitter.model_validate({**nothing, only: 0.3}), Draws(4, "color_jitter")
+    )
+    assert np.abs(changed.astype(int) - still).mean() > 1
+    value, before = changed.astype(float), still.astype(float)
+    if only == "brightness":
+        assert (value - before).std() < 3
+    if only == "hue":
+        assert np.abs(value.max(axis=-1) - before.max(axis=-1)).max() <= 6, (
+            "the brightest colour stays as bright"
+        )
+    if only == "contrast":
+        assert value.mean() == pytest.approx(before.mean(), abs=2)
+    if only == "saturation":
+        assert np.ptp(value, axis=-1).mean() != pytest.approx(np.ptp(before, axis=-1).mean(), rel=0.02)
+
+
+def test_a_jittered_scale_gives_squares_of_the_sizes_asked_for() -> None:
+    augment = Augment(scale_jitter=ScaleJitter(short_side=256, scale=(0.9, 1.33)))
+    boxes = [random_box(Draws(seed, "crop"), 480, 640, augment, 224) for seed in range(1000)]
+    sides = np.array([box.height for box in boxes])
+    assert all(box.height == box.width for box in boxes)
+    assert sides.min() == pytest.approx(480 * 224 / (256 * 1.33), abs=2)
+    assert sides.max() == pytest.approx(480 * 224 / (256 * 0.9), abs=2)
+    assert max(box.top + box.height for box in boxes) <= 480
+    assert max(box.left + box.width for box in boxes) <= 640
+    assert len({(box.top, box.left) for box in boxes}) > 900
+
+
+def test_a_jittered_scale_never_leaves_the_frame() -> None:
+    augment = Augment(scale_jitter=ScaleJitter(short_side=100, scale=(0.5, 0.5)))
+    assert random_box(Draws(0, "crop"), 90, 90, augment, 224) == (0, 0, 90, 90)
+    with pytest.raises(ValueError, match="smaller number first"):
+        ScaleJitter(scale=(1.3, 0.9))

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from framework.errors import RecipeError
 from framework.models.registry import build_model, inputs_of
 from framework.recipe.schema import Optimizer, Recipe, Schedule
-from framework.training.optim import build_optimizer, learning_rate, parameter_groups
+from framework.training.optim import build_optimizer, learning_rate, parameter_groups, resolve_schedule
 
 
 def rates(steps: int, **schedule: Any) -> list[float]:
@@ -85,3 +86,21 @@ def test_optimizers_take_the_recipes_numbers(settings: Optimizer, kind: type[tor
         assert defaults["momentum"] == 0.7
     else:
         assert (defaults["betas"], defaults["eps"]) == (settings.betas, settings.eps)
+
+
+def test_a_warm_up_in_epochs(make_recipe: Callable[..., Recipe]) -> None:
+    """Of the first source of the mixture: 24 clips, 8 in a step."""
+    recipe = make_recipe("schedule={warmup_epochs: 1.5}", "train.steps=9")
+    schedule = resolve_schedule(recipe, {"motion": 24, "digits": 96})
+    assert (schedule.warmup, schedule.warmup_epochs, schedule.name) == (round(1.5 * 24 / 8), None, "cosine")
+    rates = [learning_rate(step, base=1.0, steps=9, schedule=schedule) for step in range(9)]
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert rates[4] == 1.0 > rates[5]
+    with pytest.raises(RecipeError, match=r"4.0 epochs of motion are 12 steps, and the training has 9"):
+        resolve_schedule(
+            make_recipe("schedule={warmup_epochs: 4}", "train.steps=9"), {"motion": 24, "digits": 1}
+        )
+    with pytest.raises(RecipeError, match="said beside `warmup_epochs`"):
+        make_recipe("schedule={warmup: 2, warmup_epochs: 1}")
+    steps = make_recipe("schedule={warmup: 3}")
+    assert resolve_schedule(steps, {"motion": 24, "digits": 96}) == steps.schedule
