@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import tarfile
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ from PIL import Image
 from rank_processes import train_to_end
 
 from data_tools.items import Collection, Entry, inventory
+from data_tools.readers import FileReader
 from data_tools.sharding import ShardOptions, shard
 from framework.data.datasets import HeadInfo
 from framework.data.loader import training_batches
@@ -68,41 +67,31 @@ tracking: {{mlflow: false}}
 """
 
 
-@dataclass(frozen=True)
-class Picture:
+def draw(path: Path, colours: Sequence[int | None], seed: int) -> FileReader:
     """16 x 16 pixels: for each quadrant a colour, black where it is dark; with noise."""
-
-    colours: tuple[int | None, ...]
-    seed: int
-
-    size = 600
-
-    @property
-    def identity(self) -> str:
-        return f"{self.colours}:{self.seed}"
-
-    def read(self) -> bytes:
-        pixels = np.random.default_rng(self.seed).integers(0, 40, (16, 16, 3), dtype=np.uint8)
-        for place, colour in enumerate(self.colours):
-            if colour is not None:
-                top, left = 8 * (place // 2), 8 * (place % 2)
-                pixels[top : top + 8, left : left + 8, colour] += 200
-        file = io.BytesIO()
-        Image.fromarray(pixels).save(file, "PNG")
-        return file.getvalue()
+    pixels = np.random.default_rng(seed).integers(0, 40, (16, 16, 3), dtype=np.uint8)
+    for place, colour in enumerate(colours):
+        if colour is not None:
+            top, left = 8 * (place // 2), 8 * (place % 2)
+            pixels[top : top + 8, left : left + 8, colour] += 200
+    Image.fromarray(pixels).save(path)
+    return FileReader.of(path)
 
 
-def collections(split: str, count: int, seed: int) -> list[Collection]:
+def collections(folder: Path, split: str, count: int, seed: int) -> list[Collection]:
     """`lights`: which quadrants are lit, and a class that never applies; `spots`: where, and how."""
+    folder.mkdir()
     rng = np.random.default_rng(seed)
     lights, spots = [], []
     for number in range(count):
         lit = rng.random(4) < 0.4
-        picture = Picture(tuple(0 if on else None for on in lit), seed + number)
+        picture = draw(folder / f"l{number}.png", [0 if on else None for on in lit], seed + number)
         names = tuple(name for name, on in zip(PLACES, lit, strict=True) if on)
         lights.append(Entry(f"l{number}.png", f"{number:04d}", None, picture, names[::-1]))
         place, colour = int(rng.integers(4)), int(rng.integers(3))
-        picture = Picture(tuple(colour if p == place else None for p in range(4)), seed + number)
+        picture = draw(
+            folder / f"s{number}.png", [colour if p == place else None for p in range(4)], seed + number
+        )
         spots.append(
             Entry(f"s{number}.png", f"{number:04d}", None, picture, (PLACES[place], COLOURS[colour]))
         )
@@ -116,7 +105,8 @@ def collections(split: str, count: int, seed: int) -> list[Collection]:
 def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("labelled")
     for split, count, seed in (("train", 128, 0), ("val", 37, 10_000)):
-        shard(inventory(collections(split, count, seed)), ShardOptions(folder / split, samples=100))
+        files = collections(folder / f"{split}-files", split, count, seed)
+        shard(inventory(files), ShardOptions(folder / split, samples=100))
     return folder
 
 
@@ -271,11 +261,12 @@ def test_a_blind_multi_label_model_is_told(recipe_path: Path) -> None:
         watch(blind, 0.4)
 
 
-def test_inputs_that_do_not_fit_together() -> None:
+def test_inputs_that_do_not_fit_together(tmp_path: Path) -> None:
     build: Callable[..., Any] = Collection
-    entry = Entry("a.png", "a", None, Picture((None,) * 4, 0), ("nw", "pink"))
+    picture = draw(tmp_path / "a.png", [], 0)
+    entry = Entry("a.png", "a", None, picture, ("nw", "pink"))
     with pytest.raises(DataError, match=r"a\.png: in data set 'spots' there is no class 'pink'"):
         inventory([build("spots", "train", "image", (), [entry], target="heads", heads=HEADS)])
-    entry = Entry("a.png", "a", None, Picture((None,) * 4, 0), ("nw",))
+    entry = Entry("a.png", "a", None, picture, ("nw",))
     with pytest.raises(DataError, match="a class for each of place, colour"):
         inventory([build("spots", "train", "image", (), [entry], target="heads", heads=HEADS)])
