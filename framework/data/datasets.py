@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy
 from numpy.typing import NDArray
 
+from framework.data.urls import Place
 from framework.errors import DataError
 from framework.targets import TargetKind, TargetSpec
 
@@ -90,7 +90,7 @@ def class_names(dataset: DatasetInfo, chosen: Iterable[int]) -> list[str]:
     return [classes[index] if 0 <= index < len(classes) else "?" for classes, index in pairs]
 
 
-def datasets_of(path: Path, entries: Any) -> tuple[DatasetInfo, ...]:
+def datasets_of(path: Place, entries: Any) -> tuple[DatasetInfo, ...]:
     """The data sets of a manifest; `path` names it in errors.
 
     Raises DataError where an entry is malformed or two have the same name.

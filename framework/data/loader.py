@@ -20,6 +20,7 @@ from framework.data.labels import label_row, new_labels
 from framework.data.limits import DECODE_SECONDS, READ_SECONDS
 from framework.data.plan import Plan
 from framework.data.pool import Care, Failure, Items, Lost, in_order, pixel_memory
+from framework.data.prefetch import start_prefetching
 from framework.data.quarantine import Quarantine, Quarantined
 from framework.data.randomness import sample_seed, sample_seeds
 from framework.data.samples import SampleReader
@@ -114,11 +115,17 @@ class TrainingBatches(Iterator[Batch]):
         self._making = threading.RLock()  # a thread may take batches ahead of who renews one
         self._told = len(quarantine.entries)
         care = Care(data.decode_seconds, data.read_seconds, maker.told, maker.describe)
+        self._prefetcher = start_prefetching(
+            maker.recipe, maker.sources, maker.plan, maker.world, maker.start
+        )
         self._items = in_order(maker, count, data.workers, data.prefetch, care)
 
     def __next__(self) -> Batch:
         with self._making:
-            return self.renewed(next(self._items))
+            batch = self.renewed(next(self._items))
+        if self._prefetcher:
+            self._prefetcher.arrived(batch.step)
+        return batch
 
     def renewed(self, batch: Batch) -> Batch:
         """The batch itself, or its like without what has come into quarantine since it was made."""
@@ -142,6 +149,8 @@ class TrainingBatches(Iterator[Batch]):
     def close(self) -> None:
         """End the workers."""
         self._items.close()
+        if self._prefetcher:
+            self._prefetcher.close()
 
 
 class _TrainingBatches:
@@ -158,10 +167,10 @@ class _TrainingBatches:
     ) -> None:
         self.recipe = recipe
         self._quarantine = quarantine
-        self._plan = plan
-        self._world = world
-        self._start = start_step
-        self._sources = sources
+        self.plan = plan
+        self.world = world
+        self.start = start_step
+        self.sources = sources
         self._readers = {name: SampleReader(opened) for name, opened in sources.items()}
         self._names = list(sources)
         self._lost: dict[tuple[str, int], str] = {}
@@ -179,17 +188,17 @@ class _TrainingBatches:
 
     def number(self, batch: Batch) -> int:
         """Which of all micro-batches this one is."""
-        return (batch.step - self._start) * self.recipe.train.accumulation + batch.micro
+        return (batch.step - self.start) * self.recipe.train.accumulation + batch.micro
 
     def __call__(self, number: int) -> Batch | Failure:
         step, micro = divmod(number, self.recipe.train.accumulation)
-        batch = Batch(self._start + step, micro)
+        batch = Batch(self.start + step, micro)
         before = self._seconds()
         try:
-            shares = self._plan.share(
+            shares = self.plan.share(
                 batch.step,
-                rank=self._world.rank,
-                world=self._world.size,
+                rank=self.world.rank,
+                world=self.world.size,
                 micro=micro,
                 accumulation=self.recipe.train.accumulation,
             )
@@ -245,7 +254,7 @@ class _TrainingBatches:
                     if self.recipe.data.on_corrupt == "stop":
                         raise
                     place, corrupt = error, corrupt + 1
-            replaced, used = used, self._plan.substitute(name, epoch, index, attempt)
+            replaced, used = used, self.plan.substitute(name, epoch, index, attempt)
             batch.events.append(
                 {
                     "source": name,
@@ -263,7 +272,7 @@ class _TrainingBatches:
         raise DataError(
             f"source {name}: sample {index} of epoch {epoch} and all of its {_MAX_SUBSTITUTES} substitutes "
             f"are corrupt, the last: {batch.events[-1]['reason']}: run `tubeworks data verify` on "
-            f"{self._sources[name].manifest.folder}"
+            f"{self.sources[name].manifest.folder}"
         )
 
 
@@ -301,7 +310,7 @@ class _EvaluationBatches:
     ) -> None:
         self._opened = opened
         self._reader = SampleReader(opened)
-        self._world = world
+        self.world = world
         self._temporal, self._spatial = views if opened.source.kind == "video" else (1, 1)
         self._batch = batch
         self._shuffle = shuffle_frames
@@ -317,7 +326,7 @@ class _EvaluationBatches:
 
     def __call__(self, number: int) -> EvalBatch | Failure:
         source, rows = self._opened.source, self._batch
-        first = (number * self._world.size + self._world.rank) * rows
+        first = (number * self.world.size + self.world.rank) * rows
         index = np.arange(first, first + rows)
         valid = index < len(self._opened)
         shape = (rows, self._temporal * self._spatial, source.frames, source.size, source.size, 3)

@@ -20,9 +20,12 @@ import numpy
 import pyarrow
 
 from framework.data.datasets import KINDS, DatasetInfo, HeadInfo, Kind, datasets_of
+from framework.data.remote import RemoteFolder
 from framework.data.table import BlockSums, Selection, Summary, read_summaries
+from framework.data.urls import Address, Place, place_of
 from framework.errors import DataError
 from framework.files import hash_file
+from framework.recipe.cache_section import Cache
 
 __all__ = [
     "FORMAT",
@@ -112,19 +115,27 @@ def version_of(datasets: Sequence[DatasetInfo]) -> int:
 
 
 class Manifest:
-    """A folder of shards, opened for reading. Samples are ordered by (shard, offset)."""
+    """A folder of shards, opened for reading. Samples are ordered by (shard, offset).
+
+    `folder` is its path or its address; `table` the file on this machine that holds its samples.arrow, and
+    `remote` fetches its files if it is in a store.
+    """
 
     def __init__(
         self,
-        folder: Path,
+        folder: Place,
         digest: str,
         shards: tuple[ShardInfo, ...],
         datasets: tuple[DatasetInfo, ...],
         batch: pyarrow.RecordBatch,
         samples_checksum: str,
+        table: Path,
+        remote: RemoteFolder | None = None,
         blocks: Mapping[str, Any] | None = None,
     ) -> None:
         self.folder = folder
+        self.table = table
+        self.remote = remote
         self.hash = digest
         self.shards = shards
         self.datasets = datasets
@@ -137,21 +148,22 @@ class Manifest:
         """Of each data set that has samples; none in manifests of earlier versions."""
 
     @classmethod
-    def open(cls, folder: str | Path) -> Manifest:
-        """Read and check the manifest of `folder`: version, presence and sizes of all files.
+    def open(cls, folder: str | Place, cache: Cache | None = None) -> Manifest:
+        """Read and check the manifest of a path or an address: version, presence and sizes of all files.
 
-        Checksums are not computed here, so that opening stays cheap: see `check_table`, and
-        `tubeworks data verify` for the shards.
+        Of a store the table is fetched, into the folder that `cache` names. Checksums of local files are not
+        computed here, so that opening stays cheap: see `check_table`, and `tubeworks data verify`.
         Raises DataError that names the folder, what is wrong with it, and what to do.
         """
-        folder = Path(folder)
-        raw = _read_manifest_file(folder)
+        folder = place_of(folder)
+        remote = RemoteFolder(folder.url, cache) if isinstance(folder, Address) else None
+        raw = remote.read(MANIFEST_NAME) if remote else _read_manifest_file(Path(str(folder)))
         content = _parse(folder, raw)
         shards = _shards_of(folder, content)
         datasets = datasets_of(folder / MANIFEST_NAME, _field(folder, content, "datasets"))
-        _check_shard_files(folder, shards)
+        _check_shard_files(folder, shards, remote)
         entry = _field(folder, content, "samples")
-        batch, samples_checksum = _open_samples(folder, entry, content["version"])
+        batch, samples_checksum, table = _open_samples(folder, entry, content["version"], remote)
         expected = sum(shard.samples for shard in shards)
         if not len(batch) == expected == sum(dataset.samples for dataset in datasets):
             raise DataError(
@@ -160,7 +172,8 @@ class Manifest:
             )
         digest = hashlib.blake2b(raw, digest_size=16).hexdigest()
         try:
-            return cls(folder, digest, shards, datasets, batch, samples_checksum, entry.get("blocks"))
+            blocks = entry.get("blocks")
+            return cls(folder, digest, shards, datasets, batch, samples_checksum, table, remote, blocks)
         except (KeyError, TypeError, ValueError, zlib.error) as error:
             raise DataError(
                 f"{folder / MANIFEST_NAME}: the entry `blocks` is malformed ({error!r}); copy the folder "
@@ -174,7 +187,7 @@ class Manifest:
         first reads from it. Raises DataError where the table was changed: the checksums of single samples do
         not cover their labels.
         """
-        path = self.folder / SAMPLES_NAME
+        path = self.table
         if self._sums is not None and self._batch.nbytes > EAGER_BYTES:
             return
         try:
@@ -195,7 +208,11 @@ class Manifest:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Open again in the other process: a memory map does not travel."""
-        return (Manifest.open, (self.folder,))
+        return (Manifest.open, (self.folder, self.remote.settings if self.remote else None))
+
+    def shard_path(self, name: str) -> Path:
+        """A file on this machine with the bytes of a shard; from a store it is fetched. Raises DataError."""
+        return self.remote.path(name) if self.remote else Path(str(self.folder)) / name
 
     def column(self, name: str) -> numpy.ndarray:
         """One column as a read-only array (samples,): numbers as a view of the file, text as objects."""
@@ -316,7 +333,7 @@ def _read_manifest_file(folder: Path) -> bytes:
         raise DataError(f"{path}: cannot be read ({error}); check the path and the permissions") from error
 
 
-def _parse(folder: Path, raw: bytes) -> Mapping[str, Any]:
+def _parse(folder: Place, raw: bytes) -> Mapping[str, Any]:
     path = folder / MANIFEST_NAME
     try:
         content = json.loads(raw)
@@ -335,14 +352,14 @@ def _parse(folder: Path, raw: bytes) -> Mapping[str, Any]:
     return content
 
 
-def _field(folder: Path, content: Mapping[str, Any], name: str) -> Any:
+def _field(folder: Place, content: Mapping[str, Any], name: str) -> Any:
     try:
         return content[name]
     except KeyError:
         raise DataError(f"{folder / MANIFEST_NAME}: has no {name!r}; copy the folder again") from None
 
 
-def _shards_of(folder: Path, content: Mapping[str, Any]) -> tuple[ShardInfo, ...]:
+def _shards_of(folder: Place, content: Mapping[str, Any]) -> tuple[ShardInfo, ...]:
     try:
         shards = tuple(
             ShardInfo(str(s["name"]), int(s["bytes"]), str(s["blake2b"]), int(s["samples"]))
@@ -357,18 +374,30 @@ def _shards_of(folder: Path, content: Mapping[str, Any]) -> tuple[ShardInfo, ...
     return shards
 
 
-def _check_shard_files(folder: Path, shards: Sequence[ShardInfo]) -> None:
+def _check_shard_files(folder: Place, shards: Sequence[ShardInfo], remote: RemoteFolder | None) -> None:
+    listed: Mapping[str, int] | None = None
+    if remote:
+        remote.add([(shard.name, shard.bytes, shard.blake2b) for shard in shards])
+        listed = remote.store.sizes()
+        if listed is None:  # a store without listings: what is missing shows when it is fetched
+            return
     missing, wrong = [], []
     for shard in shards:
         try:
-            size = os.stat(os.path.join(folder, shard.name)).st_size  # a Path costs more than the call
+            if listed is None:
+                size = os.stat(
+                    os.path.join(str(folder), shard.name)
+                ).st_size  # a Path costs more than the call
+            else:
+                size = listed.get(shard.name)
         except FileNotFoundError:
-            missing.append(shard.name)
+            size = None
         except OSError as error:
             raise DataError(f"{folder / shard.name}: {error.strerror}; check the permissions") from error
-        else:
-            if size != shard.bytes:
-                wrong.append(f"{shard.name} ({size} bytes instead of {shard.bytes})")
+        if size is None:
+            missing.append(shard.name)
+        elif size != shard.bytes:
+            wrong.append(f"{shard.name} ({size} bytes instead of {shard.bytes})")
     for names, what in ((missing, "missing"), (wrong, "of the wrong size")):
         if names:
             more = f" and {len(names) - 5} more" if len(names) > 5 else ""
@@ -378,9 +407,10 @@ def _check_shard_files(folder: Path, shards: Sequence[ShardInfo]) -> None:
             )
 
 
-def _open_samples(folder: Path, entry: Any, version: int) -> tuple[pyarrow.RecordBatch, str]:
-    """Memory-map samples.arrow after checking its size and columns; also the checksum that it should have."""
-    path = folder / SAMPLES_NAME
+def _open_samples(
+    folder: Place, entry: Any, version: int, remote: RemoteFolder | None
+) -> tuple[pyarrow.RecordBatch, str, Path]:
+    """Memory-map samples.arrow after checking size and columns; with its checksum and its place."""
     advice = "copy the folder again or shard anew"
     try:
         size, count, name = int(entry["bytes"]), int(entry["count"]), entry["file"]
@@ -389,6 +419,7 @@ def _open_samples(folder: Path, entry: Any, version: int) -> tuple[pyarrow.Recor
         raise DataError(f"{folder / MANIFEST_NAME}: the entry `samples` is malformed ({error!r})") from error
     if name != SAMPLES_NAME:
         raise DataError(f"{folder / MANIFEST_NAME}: samples must be in {SAMPLES_NAME}, not in {name!r}")
+    path = remote.table(SAMPLES_NAME, size, digest) if remote else Path(str(folder)) / SAMPLES_NAME
     try:
         actual = path.stat().st_size
         if actual != size:
@@ -406,4 +437,4 @@ def _open_samples(folder: Path, entry: Any, version: int) -> tuple[pyarrow.Recor
         raise DataError(f"{path}: cannot be read ({error}); {advice}") from error
     if len(batch) != count:
         raise DataError(f"{path}: {len(batch)} samples instead of {count}; {advice}")
-    return batch, digest
+    return batch, digest, path

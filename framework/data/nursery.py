@@ -26,7 +26,7 @@ import torch
 from framework.data import progress
 from framework.data.messages import Closed, receive, send
 
-__all__ = ["Nursery", "worker_memory"]
+__all__ = ["Nursery", "leave_signals_to_the_rank", "worker_memory"]
 
 _SET_DEATH_SIGNAL = 1  # prctl's PR_SET_PDEATHSIG
 _COMMAND = struct.Struct("<cq")
@@ -97,7 +97,7 @@ def _nursery(
 ) -> None:
     """Fork and collect workers until the rank hangs up."""
     others.close()
-    _leave_signals_to_the_rank(parent)
+    leave_signals_to_the_rank(parent)
     gc.freeze()  # pages that no collection touches stay shared with the workers
     children: set[int] = set()
     while True:
@@ -146,7 +146,7 @@ def _collect(pid: int) -> int | None:
         time.sleep(0.002)
 
 
-def _leave_signals_to_the_rank(parent: int) -> None:
+def leave_signals_to_the_rank(parent: int) -> None:
     """A scheduler signals whole process groups; the rank finishes its step then, and ends us itself."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
@@ -167,7 +167,7 @@ def _worker(
     """Make what is asked for until the rank hangs up; never returns."""
     code = 1
     try:
-        _leave_signals_to_the_rank(parent)
+        leave_signals_to_the_rank(parent)
         torch.set_num_threads(1)
         progress.report_to(board, slot)
         while True:

@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 from framework.data.randomness import mix, mix_arrays, stream_key
 from framework.errors import DataError, RecipeError
 
-__all__ = ["Plan", "PlanSource", "StepIds", "check_shares"]
+__all__ = ["EpochLayout", "Plan", "PlanSource", "StepIds", "check_shares"]
 
 Integers = NDArray[np.int64]
 
@@ -69,6 +69,17 @@ class _Order(NamedTuple):
 
     first: Integers  # index of the first sample of each permuted shard
     start: Integers  # place of that sample in the sequence, before rotation
+    rotation: int
+
+
+class EpochLayout(NamedTuple):
+    """One epoch's sequence of samples, shards and lanes; see the module's docstring."""
+
+    total: int
+    lanes: int
+    block: int
+    shards: Integers  # numbers of the shards, in the order of the sequence
+    start: Integers  # place of the first sample of each in the sequence, before rotation
     rotation: int
 
 
@@ -162,11 +173,21 @@ class _SourceOrder:
         slot = np.searchsorted(order.start, places, side="right") - 1
         return order.first[slot] + places - order.start[slot]
 
+    def layout(self, epoch: int) -> EpochLayout:
+        """How an epoch lies over shards and lanes."""
+        shards, order = self._permuted_shards(epoch), self._order(epoch)
+        return EpochLayout(
+            self.total, self._count, self._block, self._shards[shards], order.start, order.rotation
+        )
+
+    def _permuted_shards(self, epoch: int) -> Integers:
+        return np.argsort(mix_arrays(self._keys["shard"], epoch, self._shards), kind="stable")
+
     def _order(self, epoch: int) -> _Order:
         """The shard order and rotation of an epoch."""
         if epoch in self._orders:
             return self._orders[epoch]
-        shards = np.argsort(mix_arrays(self._keys["shard"], epoch, self._shards), kind="stable")
+        shards = self._permuted_shards(epoch)
         sizes = self._sizes[shards]
         rotation = mix(self._keys["rotate"], epoch) % self.total
         order = _Order(self._first[shards], np.cumsum(sizes) - sizes, rotation)
@@ -232,6 +253,14 @@ class Plan:
     def steps_per_epoch(self, name: str) -> float:
         """How many steps use every sample of a source once; not a whole number in general."""
         return self._orders[name].total / self._counts[name]
+
+    def layout(self, name: str, epoch: int) -> EpochLayout:
+        """How an epoch of a source lies over shards and lanes, for those who must know the future."""
+        return self._orders[name].layout(epoch)
+
+    def total(self, name: str) -> int:
+        """Samples of a source."""
+        return self._orders[name].total
 
     def substitute(self, name: str, epoch: int, index: int, attempt: int) -> int:
         """The sample that replaces a corrupt one, fixed in advance; `attempt` counts failures from 0."""

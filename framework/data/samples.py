@@ -41,7 +41,7 @@ class SampleReader:
 
     def __init__(self, opened: OpenSource) -> None:
         self._opened = opened
-        self._shards = ShardReader(opened.manifest.folder, opened.name)
+        self._shards = ShardReader(opened.manifest.folder, opened.name, remote=opened.manifest.remote)
         self.seconds: dict[str, float] = dict.fromkeys(STAGES, 0.0)
         """Where the time of the samples went."""
 
@@ -105,7 +105,7 @@ class SampleReader:
         with self._timed("read"):
             data = self._shards.read(info)
         with self._timed("verify"):
-            self._shards.verify(info, data)
+            data = self._shards.verify(info, data)
         try:
             if info.kind == "image":
                 return self._image_views(info, data, views)

@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import zlib
 from collections import OrderedDict
 from pathlib import Path
 
+from framework.data import progress
 from framework.data.manifest import SampleInfo
+from framework.data.remote import RemoteFolder
+from framework.data.urls import Place
 from framework.errors import CorruptSample, DataError
 
 __all__ = ["ShardReader"]
+
+_FLAGS = os.O_RDONLY | os.O_CLOEXEC
 
 
 class ShardReader:
     """Reads samples from the shards of one folder, keeping at most `open_files` of them open.
 
     Reading is by `pread`, which moves no file position, so descriptors inherited by a forked worker are safe.
+    Shards of a store come through `remote`, and a shared lock keeps those that are open in its cache.
     """
 
-    def __init__(self, folder: Path, source: str, open_files: int = 32) -> None:
+    def __init__(
+        self, folder: Place, source: str, open_files: int = 32, remote: RemoteFolder | None = None
+    ) -> None:
         self._folder = folder
+        self._remote = remote
         self._source = source
         self._limit = open_files
         self._files: OrderedDict[str, int] = OrderedDict()
@@ -39,9 +50,19 @@ class ShardReader:
             )
         return data
 
-    def verify(self, sample: SampleInfo, data: bytes) -> None:
-        """Raise CorruptSample unless the bytes are those that were written into the shard."""
+    def verify(self, sample: SampleInfo, data: bytes) -> bytes:
+        """The bytes, if they are those that were written into the shard; else CorruptSample.
+
+        A copy of a remote shard that was damaged on this machine is fetched again first.
+        """
         actual = zlib.crc32(data)
+        if actual != sample.crc32 and self._remote:
+            # It was whole when it was fetched, so the local copy was damaged since.
+            progress.stage("read")
+            self._close(sample.shard)
+            self._remote.discard(sample.shard)
+            data = self.read(sample)
+            actual = zlib.crc32(data)
         if actual != sample.crc32:
             raise self.corrupt(
                 sample,
@@ -49,6 +70,7 @@ class ShardReader:
                 f"changed or damaged after it was written; copy {self._folder / sample.shard} again, or set "
                 "data.on_corrupt=substitute to train without the sample",
             )
+        return data
 
     def corrupt(self, sample: SampleInfo, reason: str) -> CorruptSample:
         """The error for a sample of this folder that cannot be used."""
@@ -93,6 +115,26 @@ class ShardReader:
             return self._files[shard]
         while len(self._files) >= self._limit:
             os.close(self._files.popitem(last=False)[1])
-        descriptor = os.open(self._folder / shard, os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = (
+            self._open_cached(shard) if self._remote else os.open(Path(str(self._folder)) / shard, _FLAGS)
+        )
         self._files[shard] = descriptor
         return descriptor
+
+    def _open_cached(self, shard: str) -> int:
+        """Open the copy of a remote shard, and lock it, so that other runs on this node leave it there."""
+        assert self._remote is not None
+        for name in [name for name, open_one in self._files.items() if os.fstat(open_one).st_nlink == 0]:
+            self._close(name)  # this run has made room by it; open, it would go on to fill the disk
+        while True:
+            path = self._remote.path(shard)
+            with contextlib.suppress(FileNotFoundError):  # it had to make room in the meantime
+                descriptor = os.open(path, _FLAGS)
+                fcntl.flock(descriptor, fcntl.LOCK_SH)
+                os.utime(path)
+                return descriptor
+
+    def _close(self, shard: str) -> None:
+        descriptor = self._files.pop(shard, None)
+        if descriptor is not None:
+            os.close(descriptor)

@@ -15,7 +15,9 @@ from framework.data.datasets import DatasetInfo, rows_of, targets_problem
 from framework.data.manifest import MANIFEST_NAME, Manifest
 from framework.data.plan import Plan, PlanSource
 from framework.data.table import Selection
+from framework.data.urls import place_of
 from framework.errors import DataError
+from framework.recipe.cache_section import Cache
 from framework.recipe.schema import Recipe, Source
 from framework.targets import TargetSpec, in_words
 
@@ -60,7 +62,7 @@ def open_sources(recipe: Recipe, split: Split = "train") -> dict[str, OpenSource
         source = recipe.data.sources[name]
         folder = source.path if split == "train" else source.validation
         if folder is not None:
-            opened[name] = _open_source(name, source, Path(folder), split)
+            opened[name] = _open_source(name, source, folder, split, recipe.data.cache)
     return opened
 
 
@@ -90,8 +92,8 @@ def _plan_source(opened: OpenSource, count: int) -> PlanSource:
     return PlanSource(opened.name, count, sizes, opened.identity)
 
 
-def _open_source(name: str, source: Source, folder: Path, split: Split) -> OpenSource:
-    manifest = Manifest.open(folder)
+def _open_source(name: str, source: Source, folder: str, split: Split, cache: Cache) -> OpenSource:
+    manifest = Manifest.open(folder, cache)
     manifest.check_table()
     dataset = manifest.find(source.dataset, name, source.kind)
     opened = OpenSource(
@@ -99,7 +101,7 @@ def _open_source(name: str, source: Source, folder: Path, split: Split) -> OpenS
     )
     _check_classes(opened)
     if split == "validation":
-        _check_same_classes(opened, Path(source.path))
+        _check_same_classes(opened, source.path, cache)
     _check_media(opened)
     return opened
 
@@ -159,11 +161,12 @@ def _check_targets(opened: OpenSource) -> None:
         raise DataError(f"{_where(opened)}: {problem}; shard the data anew")
 
 
-def _check_same_classes(opened: OpenSource, training: Path) -> None:
+def _check_same_classes(opened: OpenSource, training: str, cache: Cache) -> None:
     """Label n must mean the same class in both folders; a folder that is not here cannot be compared."""
-    if not (training / MANIFEST_NAME).exists():
+    place = place_of(training)
+    if isinstance(place, Path) and not (place / MANIFEST_NAME).exists():
         return
-    trained = Manifest.open(training).find(opened.source.dataset, opened.name, opened.source.kind)
+    trained = Manifest.open(place, cache).find(opened.source.dataset, opened.name, opened.source.kind)
     lists = zip(trained.class_lists, opened.dataset.class_lists, strict=False)
     for head, (before, after) in enumerate(lists):
         of_head = f" of {opened.dataset.heads[head].name}" if opened.dataset.heads else ""

@@ -15,6 +15,7 @@ from pydantic import Field, model_validator
 
 from framework.data.limits import DECODE_SECONDS, READ_SECONDS
 from framework.recipe.augment_sections import ColorJitter, ScaleJitter
+from framework.recipe.cache_section import Cache, ShardFolder
 from framework.recipe.checkpoint_section import Best, Checkpoint, check_best
 from framework.recipe.guard_sections import Guards
 from framework.recipe.init_sections import ImageInit
@@ -47,6 +48,7 @@ __all__ = [
     "Augment",
     "Best",
     "BrokenRule",
+    "Cache",
     "Checkpoint",
     "Clip",
     "ColorJitter",
@@ -128,9 +130,9 @@ class Augment(Section):
 class Source(Labelled):
     """One stream of samples: which data set of which shards, and how its samples become tensors."""
 
-    path: Folder
-    """Folder of shards with its manifest."""
-    validation: Folder | None = None
+    path: ShardFolder
+    """Folder of shards with its manifest: a path, or an address (http, https, s3, gs)."""
+    validation: ShardFolder | None = None
     """Folder of held-out shards with its manifest."""
     dataset: str | None = None
     """Data set inside mixed shards; by default the one named like the source, or the only one."""
@@ -177,6 +179,7 @@ class Data(Section):
     """What to do with a sample whose checksum or decode fails; a substitute is fixed by the plan."""
     max_corrupt: NonNegative = 100
     """With `substitute`: stop all the same when an attempt finds more corrupt samples, on all ranks."""
+    cache: Cache = Cache()
 
     @model_validator(mode="after")
     def _mixture_names_sources(self) -> Data:

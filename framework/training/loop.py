@@ -16,6 +16,7 @@ import torch
 from framework.data.labels import class_shares
 from framework.data.loader import Batch, training_batches
 from framework.data.plan import Plan
+from framework.data.prefetch import check_cache
 from framework.data.sources import OpenSource, build_plan, open_sources
 from framework.errors import CheckpointError, TubeworksError
 from framework.models.registry import build_model, inputs_of
@@ -208,6 +209,7 @@ def open_data(recipe: Recipe, world: World) -> tuple[dict[str, OpenSource], dict
     plan = build_plan(recipe, sources)
     resolve_schedule(recipe, {name: len(source) for name, source in sources.items()})
     plan.check(world.size, recipe.train.accumulation)
+    check_cache(recipe, sources, held_out, plan, world)
     return sources, held_out, plan
 
 

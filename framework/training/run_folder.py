@@ -55,6 +55,7 @@ MAY_CHANGE = (
     "data.decode_seconds",
     "data.read_seconds",
     "data.max_corrupt",
+    "data.cache",
     "data.sources.*.path",
     "data.sources.*.validation",
     "train.accumulation",

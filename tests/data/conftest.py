@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import io
 import os
 import sys
@@ -261,3 +262,15 @@ def flip_byte() -> Callable[[Path, Manifest, int], None]:
             file.write(bytes([byte ^ 1]))
 
     return flip
+
+
+@pytest.fixture(scope="session")
+def flaky() -> ModuleType:
+    """The servers of `flaky_server.py`."""
+    spec = importlib.util.spec_from_file_location("flaky_server", Path(__file__).with_name("flaky_server.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["flaky_server"] = module  # dataclasses look for it there
+    spec.loader.exec_module(module)
+    return module
