@@ -23,6 +23,7 @@ import hashlib
 import logging
 import math
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,6 +37,7 @@ __all__ = ["CacheEntry", "ChecksumDiffers", "ShardCache", "default_cache_folder"
 log = logging.getLogger(__name__)
 
 _PART = ".part"
+_LOOK_AGAIN = 0.02  # seconds
 NextUses = Callable[[], Mapping[str, float]]
 """For the cache keys that this run knows: the step at which each is needed next, inf for never again."""
 
@@ -156,13 +158,18 @@ class ShardCache:
         self._make_folder()
         while True:
             descriptor = os.open(_part(path), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            except BlockingIOError:
-                os.close(descriptor)
-                return None
-            if _same_file(descriptor, _part(path)):
-                return descriptor
+            while _same_file(descriptor, _part(path)):
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    if not wait:
+                        os.close(descriptor)
+                        return None
+                    # Not in the kernel: once the file has its name, readers lock it for as long as they like.
+                    time.sleep(_LOOK_AGAIN)
+                else:
+                    if _same_file(descriptor, _part(path)):
+                        return descriptor
             os.close(descriptor)  # the one before us has renamed or removed it
 
     @contextlib.contextmanager

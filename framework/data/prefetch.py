@@ -41,7 +41,7 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
-_LOOK_AGAIN = 0.2  # seconds
+_LOOK_AGAIN = 0.1  # seconds
 _REST = 1.0  # seconds until a shard is tried again that had no room, or another fetcher
 _SORTED_STEPS = 64  # of so many steps the order of first use is taken exactly
 _EPOCHS_CHECKED = 8  # each epoch has other shards side by side in a lane
@@ -246,21 +246,25 @@ def _prefetch(future: NodeFuture, connections: int, parent: int) -> None:
     leave_signals_to_the_rank(parent)
     running: dict[Future[bool], tuple[str, str]] = {}
     resting: dict[tuple[str, str], float] = {}  # not before this time again
+    queue: deque[tuple[float, str, str]] = deque()
+    planned: tuple[int, float] = (-1, 0.0)  # at which step, and until when the queue is good
     with ThreadPoolExecutor(connections, "prefetch") as pool:
         while True:
             now = time.monotonic()
+            if planned[0] != future.step.value or (not queue and planned[1] <= now):
+                planned = (future.step.value, now + _LOOK_AGAIN)
+                queue = deque(chain(future.first_uses(), future.wanted()))
             busy = {*running.values(), *(key for key, until in resting.items() if until > now)}
-            for needed, name, shard in chain(future.first_uses(), future.wanted()):
-                if len(running) >= connections:
-                    break
+            while queue and len(running) < connections:
+                needed, name, shard = queue.popleft()
                 if (name, shard) not in busy:
                     busy.add((name, shard))
                     running[pool.submit(future.folders[name].prefetch, shard, needed)] = (name, shard)
             done, _ = wait(running, timeout=_LOOK_AGAIN, return_when=FIRST_COMPLETED)
             for one in done:
-                rest = _LOOK_AGAIN if _succeeded(one) else _REST
+                rest = 0.0 if _succeeded(one) else _REST
                 resting[running.pop(one)] = time.monotonic() + rest
-            if not running:
+            if not running and not queue:
                 time.sleep(_LOOK_AGAIN)
 
 

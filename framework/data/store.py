@@ -8,13 +8,13 @@ file, no permission) ends at once with one line. Addresses in messages and logs 
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import random
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 from framework.data.urls import redacted
@@ -29,6 +29,7 @@ Trouble = Literal["missing", "denied", "changed", "passing", "defect"]
 
 PIECE = 8 << 20
 _SLOWEST = 100_000  # bytes a second; a piece that comes more slowly is asked for again
+_SMALL_FILE = 60.0  # seconds that a manifest or a listing may take
 _LONGEST_PAUSE = 15.0
 _QUIET_FAILURES = 2  # a store that fails now and then is normal; more in a row are told
 _EXTRAS = {"s3": "s3fs", "gs": "gcsfs"}
@@ -44,17 +45,17 @@ class Patience:
 
 
 class RemoteStore:
-    """A folder at an address that `parse_location` has let through; safe after a fork, and in threads."""
+    """A folder at an address that `parse_location` has let through; safe to use by threads and after a fork.
+
+    Each call opens its own connections, on an event loop of its own, and closes them before it returns: a
+    process that forks must not have any, because parent and child would share them.
+    """
 
     def __init__(self, url: str, patience: Patience, connections: int = 4) -> None:
         self.url = url
         self._patience = patience
         self._connections = connections
-        self._systems: dict[int, Any] = {}
         self._ranges = True  # until the server shows that it sends whole files only
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_systems": {}}
 
     def address(self, name: str) -> str:
         """The full address of a file in this folder."""
@@ -66,15 +67,14 @@ class RemoteStore:
         Errors:
             DataError: it is not there, may not be read, or the store failed for too long.
         """
-        limit = (patience or self._patience).stall + 60.0
-        return self._patiently(
-            lambda: self._call("_cat_file", name, limit=limit), name, patience or self._patience
-        )
+        patience = patience or self._patience
+        request = _Request("_cat_file", self.address(name), patience.stall + _SMALL_FILE)
+        return self._run(lambda system: self._patiently(lambda: request.of(system), name, patience))
 
     def facts(self, name: str) -> dict[str, Any]:
         """What the store says of a file: {"size": bytes or None, "etag": text or None}; errors of `read`."""
-        limit = self._patience.stall
-        info = self._patiently(lambda: self._call("_info", name, limit=limit), name, self._patience)
+        request = _Request("_info", self.address(name), self._patience.stall)
+        info = self._run(lambda system: self._patiently(lambda: request.of(system), name, self._patience))
         tags = {key.lower(): value for key, value in info.items()}
         etag = tags.get("etag") or tags.get("generation") or tags.get("last-modified")
         return {"size": info.get("size"), "etag": None if etag is None else str(etag).strip('"')}
@@ -83,8 +83,9 @@ class RemoteStore:
         """Names and sizes of all files in the folder; None where the store has no listing to give."""
         if not self.url.startswith(("s3://", "gs://")):
             return None
+        request = _Request("_ls", self.url, self._patience.stall + _SMALL_FILE, {"detail": True})
         try:
-            found = self._call("_ls", "", limit=self._patience.stall + 60.0, detail=True)
+            found = self._run(request.of)
         except Exception as error:
             if trouble_of(error) == "defect":
                 raise
@@ -98,74 +99,63 @@ class RemoteStore:
             DataError: as in `read`, or the file is shorter or longer than `size`.
             OSError: the local file cannot be written.
         """
-        if size == 0:
-            return
-        first = self._piece(name, 0, min(PIECE, size), size)
-        _write_all(descriptor, first, 0)
-        starts = range(len(first), size, PIECE)
-        if not starts:
-            return
 
-        def fetch_piece(start: int) -> None:
-            stop = min(start + PIECE, size)
-            _write_all(descriptor, self._piece(name, start, stop, size), start)
+        async def fetch_all(system: Any) -> None:
+            first = await self._piece(system, name, 0, min(PIECE, size), size)
+            _write_all(descriptor, first, 0)
+            gate = asyncio.Semaphore(self._connections if parallel else 1)
 
-        if not parallel or len(starts) == 1:
-            for start in starts:
-                fetch_piece(start)
-            return
-        with ThreadPoolExecutor(min(self._connections, len(starts)), "fetch") as pool:
-            for done in [pool.submit(fetch_piece, start) for start in starts]:
-                done.result()
+            async def fetch_one(start: int) -> None:
+                async with gate:
+                    data = await self._piece(system, name, start, min(start + PIECE, size), size)
+                    _write_all(descriptor, data, start)
 
-    def _piece(self, name: str, start: int, stop: int, size: int) -> bytes:
+            await _all_or_none([fetch_one(start) for start in range(len(first), size, PIECE)])
+
+        if size:
+            self._run(fetch_all)
+
+    async def _piece(self, system: Any, name: str, start: int, stop: int, size: int) -> bytes:
         """Bytes start … stop-1, or the whole file from a server that knows no ranges."""
 
-        def attempt() -> bytes:
+        async def attempt() -> bytes:
             expected = stop - start if self._ranges else size
             limit = self._patience.stall + expected / _SLOWEST
-            data = self._call("_cat_file", name, limit=limit, start=start, end=stop)
+            data = await _Request("_cat_file", self.address(name), limit, {"start": start, "end": stop}).of(
+                system
+            )
             if len(data) == size and stop - start < size:  # 200 instead of 206
                 self._ranges = False
                 return data if start == 0 else data[start:stop]
             if len(data) != stop - start:
-                self._complain_of_length(name, size)
+                found = (await _Request("_info", self.address(name), limit).of(system)).get("size")
+                if found is not None and found != size:
+                    raise _Changed(f"{found} bytes instead of {size}")
                 raise _CutShort(f"{len(data)} bytes came instead of {stop - start}")
             return data
 
-        return self._patiently(attempt, name, self._patience)
+        return await self._patiently(attempt, name, self._patience)
 
-    def forget_connections(self) -> None:
-        """Let the next request open new ones."""
-        self._systems = {}
+    def _run(self, work: Callable[[Any], Awaitable[Result]]) -> Result:
+        """Do some work with fsspec's file system for this address, which is closed afterwards."""
 
-    def _complain_of_length(self, name: str, size: int) -> None:
-        """Tell a file of another length from an answer that was cut short."""
-        found = self._call("_info", name, limit=self._patience.stall).get("size")
-        if found is not None and found != size:
-            raise _Changed(f"{found} bytes instead of {size}")
+        async def run() -> Result:
+            system = _open_system(self.url, self._patience.stall)
+            try:
+                return await work(system)
+            finally:
+                await _close_system(system)
 
-    def _call(self, method: str, name: str, *, limit: float, **options: Any) -> Any:
-        """One request through fsspec, ended after `limit` seconds."""
-        from fsspec.asyn import sync
+        return asyncio.run(run())
 
-        system = self._system()
-        path = self.address(name) if name else self.url
-        return sync(system.loop, getattr(system, method), path, timeout=limit, **options)
-
-    def _system(self) -> Any:
-        """fsspec's file system for this address, made anew in a forked process."""
-        process = os.getpid()
-        if process not in self._systems:
-            self._systems = {process: _open_system(self.url, self._patience.stall)}
-        return self._systems[process]
-
-    def _patiently(self, attempt: Callable[[], Result], name: str, patience: Patience) -> Result:
+    async def _patiently(
+        self, attempt: Callable[[], Awaitable[Result]], name: str, patience: Patience
+    ) -> Result:
         """The result of `attempt`, tried again while its failures are of the passing kind."""
         failures, began = 0, time.monotonic()
         while True:
             try:
-                return attempt()
+                return await attempt()
             except Exception as error:
                 trouble = trouble_of(error)
                 if trouble == "defect":
@@ -178,7 +168,8 @@ class RemoteStore:
                 pause = min(pause, max(0.0, patience.total - spent))
                 level = logging.DEBUG if failures <= _QUIET_FAILURES else logging.WARNING
                 log.log(level, "%s: %s; trying again in %.1f s", self.address(name), reason_of(error), pause)
-            time.sleep(pause)
+            progress.stage("read")  # a sign of life: who is patient does not hang
+            await asyncio.sleep(pause)
 
     def _give_up(
         self, name: str, error: Exception, trouble: Trouble, failures: int, spent: float
@@ -204,6 +195,30 @@ class RemoteStore:
         )
 
 
+@dataclass(frozen=True)
+class _Request:
+    """One call of fsspec, ended after `limit` seconds."""
+
+    method: str
+    path: str
+    limit: float
+    options: dict[str, Any] = field(default_factory=dict)
+
+    async def of(self, system: Any) -> Any:
+        return await asyncio.wait_for(getattr(system, self.method)(self.path, **self.options), self.limit)
+
+
+async def _all_or_none(work: list[Coroutine[Any, Any, None]]) -> None:
+    """Do all of it at once; the first failure ends the others."""
+    tasks = [asyncio.create_task(one) for one in work]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
 class _CutShort(OSError):
     """An answer of another length than asked for."""
 
@@ -217,7 +232,7 @@ def _open_system(url: str, stall: float) -> Any:
     import fsspec
 
     protocol = url.partition("://")[0]
-    options: dict[str, Any] = {"use_listings_cache": False, "skip_instance_cache": True}
+    options: dict[str, Any] = {"asynchronous": True, "use_listings_cache": False, "skip_instance_cache": True}
     if protocol == "s3":
         timeouts = {"connect_timeout": stall, "read_timeout": stall}
         options["config_kwargs"] = {**timeouts, "retries": {"max_attempts": 0}}
@@ -241,6 +256,12 @@ def _open_system(url: str, stall: float) -> Any:
     return system
 
 
+async def _close_system(system: Any) -> None:
+    """Close the connections; the name of the method that tells them differs."""
+    session = await (system.set_session() if hasattr(system, "set_session") else system._set_session())
+    await session.close()
+
+
 def trouble_of(error: BaseException) -> Trouble:
     """What kind of failure this is; "defect" is none of the store's."""
     status = _status(error)
@@ -256,7 +277,11 @@ def trouble_of(error: BaseException) -> Trouble:
         return "denied"
     package = type(error).__module__.partition(".")[0]
     # s3fs turns what it does not know into ValueError and RuntimeError of its client's words
-    if isinstance(error, (OSError, TimeoutError)) or package in {*_NETWORK_PACKAGES, "fsspec", "s3fs"}:
+    if isinstance(error, (OSError, asyncio.TimeoutError)) or package in {
+        *_NETWORK_PACKAGES,
+        "fsspec",
+        "s3fs",
+    }:
         return "passing"
     return "defect"
 
@@ -264,7 +289,7 @@ def trouble_of(error: BaseException) -> Trouble:
 def reason_of(error: BaseException) -> str:
     """A failure in a few words, without anything that could be secret."""
     status = _status(error)
-    if type(error).__name__ == "FSTimeoutError" or isinstance(error, TimeoutError):
+    if isinstance(error, (TimeoutError, asyncio.TimeoutError)):  # two classes until Python 3.11
         return "it stalled: no answer in time"
     text = " ".join(str(getattr(error, "message", None) or error).split())
     if isinstance(error, (_CutShort, _Changed)):

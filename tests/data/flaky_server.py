@@ -53,6 +53,7 @@ class Faults:
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    wbufsize = -1  # head and body in one packet
     faults: Faults
     folder: Path
     upstream: str
@@ -145,6 +146,7 @@ _HOP = {"transfer-encoding", "connection", "content-length", "server", "date"}
 
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
+    request_queue_size = 128  # with the usual five, a burst of connections waits for seconds
     block_on_close = False  # stalled answers are still waiting
 
     def handle_error(self, request: Any, client_address: Any) -> None:
