@@ -10,7 +10,6 @@ import dataclasses
 import inspect
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Annotated, Any, Optional, get_type_hints
 
 import typer
@@ -18,7 +17,7 @@ import typer
 __all__ = ["AsJson", "Folder", "Seed", "Workers", "grouped", "print_json"]
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
-Folder = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of shards.")]
+Folder = Annotated[str, typer.Argument(metavar="DIR|URL", help="Folder of shards: a path or an address.")]
 Seed = Annotated[int, typer.Option("--seed", min=0, max=2**62, help="Decides the order of samples.")]
 Workers = Annotated[
     Optional[int],  # noqa: UP045 - typer evaluates it on Python 3.10

@@ -15,7 +15,7 @@ from framework.data.manifest import Manifest
 __all__ = ["inspect_shards", "inspection_text"]
 
 
-def inspect_shards(folder: Path) -> dict[str, Any]:
+def inspect_shards(folder: str | Path) -> dict[str, Any]:
     """A summary of the manifest; bytes, pixels, frames, seconds and frames a second. Raises DataError."""
     manifest = Manifest.open(folder)
     return {

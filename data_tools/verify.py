@@ -69,13 +69,13 @@ class VerifyReport:
 
 @dataclass(frozen=True, slots=True)
 class _Task:
-    folder: Path
+    folder: str
     shard: int
     decode: bool
 
 
-def verify(folder: Path, *, decode: bool = False, workers: int = 1) -> VerifyReport:
-    """Compare all files of a folder of shards with its manifest.
+def verify(folder: str | Path, *, decode: bool = False, workers: int = 1) -> VerifyReport:
+    """Compare all files of a folder of shards, by path or address, with its manifest.
 
     A manifest that cannot be opened (later version, missing shard) is a problem like any other, and the only
     one then reported. Raises nothing for what is wrong with the data.
@@ -86,7 +86,7 @@ def verify(folder: Path, *, decode: bool = False, workers: int = 1) -> VerifyRep
         return VerifyReport(str(folder), 0, 0, 0, decode, (Problem(MANIFEST_NAME, str(error)),))
     problems = list(_table_problems(manifest))
     _open.cache_clear()
-    tasks = [_Task(folder, shard, decode) for shard in range(len(manifest.shards))]
+    tasks = [_Task(str(folder), shard, decode) for shard in range(len(manifest.shards))]
     with progress_bar("verifying", len(manifest)) as progress:
         for found in run_tasks(_verify_shard, tasks, workers, progress):
             problems.extend(found)
@@ -97,7 +97,7 @@ def verify(folder: Path, *, decode: bool = False, workers: int = 1) -> VerifyRep
 
 def _table_problems(manifest: Manifest) -> Iterator[Problem]:
     expected = manifest.samples_checksum
-    if hash_file(manifest.folder / SAMPLES_NAME) != expected:
+    if hash_file(manifest.table) != expected:
         yield Problem(SAMPLES_NAME, "its checksum is not that of the manifest: the table was changed")
     shard = manifest.column("shard").astype(numpy.int64)
     counts = numpy.bincount(shard, minlength=len(manifest.shards)).tolist()
@@ -109,7 +109,7 @@ def _table_problems(manifest: Manifest) -> Iterator[Problem]:
 
 
 @functools.lru_cache(maxsize=1)
-def _open(folder: Path) -> Manifest:
+def _open(folder: str) -> Manifest:
     """One manifest per worker process."""
     return Manifest.open(folder)
 
@@ -124,7 +124,7 @@ def _verify_shard(task: _Task, advance: Advance) -> list[Problem]:
         return problems
     try:
         with (
-            (task.folder / shard.name).open("rb") as file,
+            manifest.shard_path(shard.name).open("rb") as file,
             mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as data,
         ):
             for index in range(int(first), int(last)):
