@@ -17,6 +17,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
+from framework.data import progress
 from framework.data.urls import redacted
 from framework.errors import DataError
 
