@@ -20,6 +20,7 @@ import numpy
 import pyarrow
 
 from framework.data.datasets import KINDS, DatasetInfo, HeadInfo, Kind, datasets_of
+from framework.data.folder_files import check_sizes, read_local
 from framework.data.remote import RemoteFolder
 from framework.data.table import BlockSums, Selection, Summary, read_summaries
 from framework.data.urls import Address, Place, place_of
@@ -157,11 +158,13 @@ class Manifest:
         """
         folder = place_of(folder)
         remote = RemoteFolder(folder.url, cache) if isinstance(folder, Address) else None
-        raw = remote.read(MANIFEST_NAME) if remote else _read_manifest_file(Path(str(folder)))
+        raw = remote.read(MANIFEST_NAME) if remote else read_local(Path(str(folder)), MANIFEST_NAME)
         content = _parse(folder, raw)
         shards = _shards_of(folder, content)
         datasets = datasets_of(folder / MANIFEST_NAME, _field(folder, content, "datasets"))
-        _check_shard_files(folder, shards, remote)
+        if remote:
+            remote.add([(shard.name, shard.bytes, shard.blake2b) for shard in shards])
+        check_sizes(folder, {shard.name: shard.bytes for shard in shards}, remote)
         entry = _field(folder, content, "samples")
         batch, samples_checksum, table = _open_samples(folder, entry, content["version"], remote)
         expected = sum(shard.samples for shard in shards)
@@ -316,23 +319,6 @@ class Manifest:
         return ", ".join(f"{d.name} ({d.kind}, {d.samples} samples)" for d in self.datasets) or "nothing"
 
 
-def _read_manifest_file(folder: Path) -> bytes:
-    path = folder / MANIFEST_NAME
-    try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        if not folder.exists():
-            raise DataError(f"{folder}: no such folder; check the path, or make the shards first") from None
-        raise DataError(
-            f"{folder}: no {MANIFEST_NAME} here: not a folder of shards, or one that was copied in part;"
-            " make it with `tubeworks data shard`"
-        ) from None
-    except NotADirectoryError:
-        raise DataError(f"{folder}: is a file; give the folder that holds {MANIFEST_NAME}") from None
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read ({error}); check the path and the permissions") from error
-
-
 def _parse(folder: Place, raw: bytes) -> Mapping[str, Any]:
     path = folder / MANIFEST_NAME
     try:
@@ -372,39 +358,6 @@ def _shards_of(folder: Place, content: Mapping[str, Any]) -> tuple[ShardInfo, ..
         if os.path.basename(shard.name) != shard.name or shard.name in ("", ".", ".."):
             raise DataError(f"{folder / MANIFEST_NAME}: {shard.name!r} is not the name of a file beside it")
     return shards
-
-
-def _check_shard_files(folder: Place, shards: Sequence[ShardInfo], remote: RemoteFolder | None) -> None:
-    listed: Mapping[str, int] | None = None
-    if remote:
-        remote.add([(shard.name, shard.bytes, shard.blake2b) for shard in shards])
-        listed = remote.store.sizes()
-        if listed is None:  # a store without listings: what is missing shows when it is fetched
-            return
-    missing, wrong = [], []
-    for shard in shards:
-        try:
-            if listed is None:
-                size = os.stat(
-                    os.path.join(str(folder), shard.name)
-                ).st_size  # a Path costs more than the call
-            else:
-                size = listed.get(shard.name)
-        except FileNotFoundError:
-            size = None
-        except OSError as error:
-            raise DataError(f"{folder / shard.name}: {error.strerror}; check the permissions") from error
-        if size is None:
-            missing.append(shard.name)
-        elif size != shard.bytes:
-            wrong.append(f"{shard.name} ({size} bytes instead of {shard.bytes})")
-    for names, what in ((missing, "missing"), (wrong, "of the wrong size")):
-        if names:
-            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-            raise DataError(
-                f"{folder}: {len(names)} of {len(shards)} shards {what}: {', '.join(names[:5])}{more};"
-                " copy them again from where the set was made, or shard anew"
-            )
 
 
 def _open_samples(
