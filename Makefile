@@ -19,7 +19,7 @@ install:
 	@$(PYTHON) launch/bootstrap.py
 
 install-dev:
-	@$(PYTHON) launch/bootstrap.py dev simplejpeg torchcodec
+	@$(PYTHON) launch/bootstrap.py dev simplejpeg torchcodec hf onnx
 
 demo: install
 	@$(BIN)/python -m launch.demo

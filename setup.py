@@ -69,6 +69,7 @@ setup(
         "hf": ["transformers>=4.56"],
         "s3": ["s3fs>=2025.3"],
         "gs": ["gcsfs>=2025.3"],
+        "onnx": ["onnx>=1.18", "onnxruntime>=1.22", "onnxscript>=0.5"],
         "dev": [
             "hypothesis>=6.130",
             "moto[server]>=5",

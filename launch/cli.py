@@ -25,6 +25,7 @@ from framework.errors import TubeworksError
 from framework.world import World
 from launch.checkpoint_cli import checkpoint_app
 from launch.commands import app as launch_app
+from launch.exchange_cli import add_exchange_commands
 
 __all__ = ["app", "main"]
 
@@ -79,6 +80,7 @@ app.add_typer(data_app, name="data")
 app.add_typer(launch_app, name="launch")
 app.add_typer(recipe_app, name="recipe")
 app.add_typer(checkpoint_app, name="ckpt")
+add_exchange_commands(app)
 
 RecipeName = Annotated[
     str, typer.Argument(metavar="RECIPE", help="Path of a recipe, or name of an installed one.")

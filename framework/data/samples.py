@@ -39,9 +39,11 @@ class _View:
 class SampleReader:
     """Turns samples of one source into views: uint8 arrays (frames, size, size, 3)."""
 
-    def __init__(self, opened: OpenSource) -> None:
+    def __init__(self, opened: OpenSource, shards: ShardReader | None = None) -> None:
         self._opened = opened
-        self._shards = ShardReader(opened.manifest.folder, opened.name, remote=opened.manifest.remote)
+        if shards is None:
+            shards = ShardReader(opened.manifest.folder, opened.name, remote=opened.manifest.remote)
+        self._shards = shards
         self.seconds: dict[str, float] = dict.fromkeys(STAGES, 0.0)
         """Where the time of the samples went."""
 

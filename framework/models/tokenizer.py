@@ -93,10 +93,11 @@ class TubeTokenizer(nn.Module):
     ) -> list[Tensor]:
         """The tokens that one tube makes of clips, whose grids have these shapes: (batch, tokens, width)."""
         boxes = [cut(clip, self.shapes[number], shape) for clip, shape in zip(clips, shapes, strict=True)]
-        projected = self._project(number, boxes).split([len(box) for box in boxes])
+        projected = self._project(number, boxes).split([box.shape[0] for box in boxes])
         # sub-tubes of a token are neighbouring rows, so this view is Space-to-Depth
         return [
-            tokens.reshape(len(clip), -1, self.width) for clip, tokens in zip(clips, projected, strict=True)
+            tokens.reshape(clip.shape[0], -1, self.width)
+            for clip, tokens in zip(clips, projected, strict=True)
         ]
 
     def place(self, tokens: Sequence[Tensor], clips: Sequence[Tensor]) -> Tensor:

@@ -159,7 +159,7 @@ class DividedBlock(nn.Module):
         attended = self.attn(self.norm1(framed), by_frame(grids, 1))
         first_branch, branch = _apart(attended, grids)
         first, tokens = add(first, first_branch, of_first[1]), add(tokens, branch, of_tokens[1])
-        branches = self.mlp(self.norm2(torch.cat((first, tokens)))).split([len(first), len(tokens)])
+        branches = self.mlp(self.norm2(torch.cat((first, tokens)))).split([first.shape[0], tokens.shape[0]])
         return add(first, branches[0], of_first[2]), add(tokens, branches[1], of_tokens[2])
 
     def _with_first(self, first: Tensor, tokens: Tensor, grids: Grids) -> Tensor:

@@ -37,13 +37,13 @@ class Reading(NamedTuple):
     @property
     def samples(self) -> list[int]:
         """How many samples each source has."""
-        return [len(part) for part in self.parts]
+        return [part.shape[0] for part in self.parts]
 
     @property
     def grids(self) -> tuple[Triple, ...]:
         """(samples, times, places of one time) of each source."""
         return tuple(
-            (len(part), time, height * width)
+            (part.shape[0], time, height * width)
             for part, (time, height, width) in zip(self.parts, self.shapes, strict=True)
         )
 
@@ -91,7 +91,7 @@ class Places(nn.Module):
         if not self.has_class_token:
             return part
         first = (self.class_token + self.class_place).to(part.dtype)
-        return torch.cat((first.expand(len(part), 1, -1), part), dim=1)
+        return torch.cat((first.expand(part.shape[0], 1, -1), part), dim=1)
 
 
 class Times(nn.Module):

@@ -286,7 +286,7 @@ def pixel_targets(
     if normalised:
         spread, mean = torch.var_mean(values, dim=2, keepdim=True)
         values = (values - mean) / (spread.sqrt() + 1e-6)
-    return values.transpose(1, 2).reshape(len(clip), -1, CHANNELS * values.shape[2])
+    return values.transpose(1, 2).reshape(clip.shape[0], -1, CHANNELS * values.shape[2])
 
 
 def _over_times(chosen: Tensor, times: int, places: int) -> Tensor:

@@ -27,6 +27,7 @@ from framework.tracking.mirror import Status
 from framework.training.agreement import agreed_signal
 from framework.training.checkpoint import CheckpointReader, choose_checkpoint
 from framework.training.counters import Counters
+from framework.training.data_facts import write_data_facts
 from framework.training.distributed import Peers, choose_device, start_process_group
 from framework.training.engine import start_engine
 from framework.training.feed import Feed, agreed_quarantine, begin_ledger, commit_ledger
@@ -219,6 +220,7 @@ def record_attempt(session: Session, hosts: list[str]) -> int:
         session.run, session.recipe, session.peers.world, session.plan.hash, session.start, hosts
     )
     begin_ledger(session, attempt)
+    write_data_facts(session.run, session.sources)
     if session.origin:
         append_event(session.run, "initialised", session.start, **session.origin)
     return attempt

@@ -1,0 +1,80 @@
+"""What a run has for those who only use it: recipe, weights, model, and the names of its classes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import nn
+
+from framework.errors import ModelError, TubeworksError
+from framework.models.registry import build_model, inputs_of
+from framework.recipe import load_recipe
+from framework.recipe.schema import Recipe, Source
+from framework.training.checkpoint import load_weights, newest_valid, read_manifest
+from framework.training.checkpoint_manifest import AVERAGE
+from framework.training.data_facts import read_data_facts
+
+__all__ = ["FinishedRun", "Weights", "open_finished"]
+
+Weights = Literal["ema", "raw"]
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A run with a checkpoint; `averaged` says which of its weights are taken."""
+
+    folder: Path
+    recipe: Recipe
+    checkpoint: Path
+    averaged: bool
+
+    @property
+    def step(self) -> int:
+        """Of the checkpoint."""
+        return int(read_manifest(self.checkpoint)["step"])
+
+    def model(self, device: torch.device) -> nn.Module:
+        """The model with these weights, in evaluation mode."""
+        with torch.device("meta"):
+            model = build_model(self.recipe.model, inputs_of(self.recipe))
+        model.load_state_dict(load_weights(self.checkpoint, ema=self.averaged), assign=True)
+        return model.to(device).eval()
+
+    def source(self, name: str | None) -> tuple[str, Source]:
+        """The source of a name, or the only one.
+
+        Errors:
+            ModelError: no such source, or several and none was named.
+        """
+        sources = self.recipe.data.sources
+        if name is None and len(sources) == 1:
+            name = next(iter(sources))
+        if name not in sources:
+            wrong = f"there is no source {name}" if name else "it has several sources"
+            raise ModelError(f"{self.folder}: {wrong}; name one of them with --source: {', '.join(sources)}")
+        return name, sources[name]
+
+    def classes(self, name: str) -> list[str]:
+        """The names of a source's classes in the order of its logits; numbers where no names were kept."""
+        count = self.recipe.data.sources[name].targets.outputs
+        names = read_data_facts(self.folder).get(name, {}).get("classes", [])
+        return [str(entry) for entry in names] if len(names) == count else [str(n) for n in range(count)]
+
+
+def open_finished(folder: Path, weights: Weights | None = None) -> FinishedRun:
+    """The newest valid checkpoint of a run; averaged weights by default where there are any.
+
+    Errors:
+        TubeworksError: no run, no valid checkpoint, or no averages where they are asked for.
+    """
+    if not (folder / "recipe.yaml").is_file():
+        raise TubeworksError(f"{folder} has no recipe.yaml: it is not the folder of a run that has begun")
+    recipe = load_recipe(str(folder / "recipe.yaml")).recipe
+    checkpoint = newest_valid(folder)
+    has_average = AVERAGE in read_manifest(checkpoint)["kinds"]
+    if weights == "ema" and not has_average:
+        raise TubeworksError(f"{checkpoint} holds no averaged weights: the run had no train.ema_decay")
+    return FinishedRun(folder, recipe, checkpoint, has_average if weights is None else weights == "ema")
