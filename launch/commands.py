@@ -60,6 +60,34 @@ def submit(
 
 @app.command()
 @grouped
+def plan(
+    recipe: Recipe,
+    wishes: Wishes,
+    overrides: Overrides = None,
+    run: RunFolder = None,
+    site: Site = None,
+    hardware: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="GPU|FILE", help="For runs that never ran: as `tubeworks describe` takes it."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say what `submit` would do: the script, start, steps and epochs, GPU-hours, room; and what would fail.
+
+    Nothing is submitted.
+    """
+    from launch.plan import plan_run
+    from launch.plan_page import show_plan
+
+    found = plan_run(recipe, overrides or [], wishes, site, run, hardware)
+    typer.echo(json.dumps(found.as_dict()) if as_json else show_plan(found))
+    for problem in found.problems:
+        typer.echo(f"error: {problem}", err=True)
+    raise typer.Exit(found.exit_code)
+
+
+@app.command()
+@grouped
 def resubmit(
     run: Run,
     wishes: Wishes,
