@@ -35,6 +35,8 @@ def test_table_2_of_vivit(name: str, gflops: float, parameters: float) -> None:
         # arXiv 2103.15691, GFLOPs of ViViT-L/16x2 in the first version
         ("vivit_l_m1", [], "hlo_half", 1446),
         ("vivit_l_m1", [f"{SIZE}=320"], "hlo_half", 3992),
+        # the second version's 11.94 TFLOPs of 3 views, 128 frames; with four temporal layers it were 11.89
+        ("vivit_l_m2", [f"{FRAMES}=128", "model.temporal_depth=24"], "hlo_half", 11940 / 3),
         # arXiv 2102.05095, Table 2: TFLOPs of 3 views; TimeSformer, HR and L (more frames, not width)
         ("timesformer_b_divided", [], "mac", 590 / 3),
         ("timesformer_b_divided", [f"{FRAMES}=16", f"{SIZE}=448"], "mac", 5110 / 3),
