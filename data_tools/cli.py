@@ -12,9 +12,8 @@ from typing import Annotated, List, Optional  # noqa: UP035 - evaluated by typer
 
 import typer
 
-from data_tools import cli_run, cli_shard
+from data_tools import cli_check, cli_run, cli_shard
 from data_tools.cli_options import AsJson, Folder, Seed, Workers, print_json
-from framework.errors import DataError
 
 __all__ = ["app"]
 
@@ -22,6 +21,9 @@ app = typer.Typer(no_args_is_help=True, help="Make, verify and inspect shards.")
 app.add_typer(cli_shard.app, name="shard")
 app.add_typer(cli_run.quarantine_app, name="quarantine")
 app.command()(cli_run.audit)
+app.command()(cli_check.verify)
+app.command()(cli_check.index)
+app.command()(cli_check.bench)
 
 
 @app.callback()
@@ -59,26 +61,6 @@ def synth(
     else:
         for split, report in reports.items():
             typer.echo(f"{out / split}: {counted(report.written, report.shards)}")
-
-
-@app.command()
-def verify(
-    folder: Folder,
-    decode: Annotated[bool, typer.Option("--decode", help="Decode every sample as well.")] = False,
-    workers: Workers = None,
-    as_json: AsJson = False,
-) -> None:
-    """Compare every byte of a folder of shards with its manifest."""
-    from data_tools.pool import available_cores
-    from data_tools.verify import verify as verify_shards
-
-    report = verify_shards(folder, decode=decode, workers=workers or available_cores())
-    if as_json:
-        print_json(report.content())
-    else:
-        typer.echo(report.to_text())
-    if report.problems:
-        raise typer.Exit(DataError.exit_code)
 
 
 @app.command("inspect")

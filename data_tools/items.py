@@ -28,6 +28,7 @@ __all__ = [
     "Failure",
     "Inventory",
     "Item",
+    "clean_stem",
     "inventory",
     "kind_of_suffix",
 ]
@@ -282,6 +283,11 @@ def _clean(stem: str) -> tuple[str, bool]:
     joined = stem.replace("/", "-")
     clean = re.sub(r"[^A-Za-z0-9_-]", "_", joined)[:_STEM_LENGTH]
     return (clean or "_"), clean != joined
+
+
+def clean_stem(name: str) -> str:
+    """The name of a sample as it stands in its key, but for the hash that may come after it."""
+    return _clean(display(name))[0]
 
 
 def _short_hash(text: str) -> str:

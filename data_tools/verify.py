@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy
 
+from data_tools.coverage import Coverage, class_problems, coverage_of, official_list
 from data_tools.pool import Advance, progress_bar, run_tasks
 from data_tools.probe import probe
 from data_tools.readers import Unusable
@@ -23,7 +24,7 @@ from framework.data.manifest import MANIFEST_NAME, SAMPLES_NAME, Manifest, Sampl
 from framework.errors import DataError
 from framework.files import hash_file
 
-__all__ = ["Problem", "VerifyReport", "verify"]
+__all__ = ["Official", "Problem", "VerifyReport", "verify"]
 
 _BLOCK = 1 << 22
 
@@ -52,10 +53,14 @@ class VerifyReport:
     bytes: int
     decoded: bool
     problems: tuple[Problem, ...]
+    coverage: Coverage | None = None
 
     def content(self) -> dict[str, Any]:
         """The report for programs."""
-        return {"ok": not self.problems, **asdict(self)}
+        content = {"ok": not self.problems, **asdict(self)}
+        if self.coverage is not None:
+            content["coverage"]["percent"] = round(self.coverage.percent, 3)
+        return content
 
     def to_text(self) -> str:
         """The report for people."""
@@ -64,7 +69,8 @@ class VerifyReport:
         how = "checksums and all frames" if self.decoded else "checksums"
         size = f"{counted(self.samples, self.shards)}, {human_bytes(self.bytes)}"
         head = f"{self.folder}: {size}: {how} verified, {len(self.problems) or 'no'} problems"
-        return "\n".join([head, *(f"  {problem}" for problem in self.problems)])
+        covered = [self.coverage.to_text()] if self.coverage is not None else []
+        return "\n".join([head, *(f"  {problem}" for problem in self.problems), *covered])
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +80,19 @@ class _Task:
     decode: bool
 
 
-def verify(folder: str | Path, *, decode: bool = False, workers: int = 1) -> VerifyReport:
-    """Compare all files of a folder of shards, by path or address, with its manifest.
+@dataclass(frozen=True)
+class Official:
+    """What the shards are compared with: a list of classes, a list of samples, and for which data set."""
+
+    classes: Path | None = None
+    samples: Path | None = None
+    dataset: str | None = None
+
+
+def verify(
+    folder: str | Path, *, decode: bool = False, workers: int = 1, official: Official | None = None
+) -> VerifyReport:
+    """Compare all files of a folder of shards, by path or address, with its manifest and official lists.
 
     A manifest that cannot be opened (later version, missing shard) is a problem like any other, and the only
     one then reported. Raises nothing for what is wrong with the data.
@@ -85,6 +102,7 @@ def verify(folder: str | Path, *, decode: bool = False, workers: int = 1) -> Ver
     except DataError as error:
         return VerifyReport(str(folder), 0, 0, 0, decode, (Problem(MANIFEST_NAME, str(error)),))
     problems = list(_table_problems(manifest))
+    coverage = _compare(manifest, official, problems) if official else None
     _open.cache_clear()
     tasks = [_Task(str(folder), shard, decode) for shard in range(len(manifest.shards))]
     with progress_bar("verifying", len(manifest)) as progress:
@@ -92,7 +110,27 @@ def verify(folder: str | Path, *, decode: bool = False, workers: int = 1) -> Ver
             problems.extend(found)
     problems.sort(key=lambda problem: (problem.file, problem.offset or 0))
     size = sum(shard.bytes for shard in manifest.shards)
-    return VerifyReport(str(folder), len(manifest.shards), len(manifest), size, decode, tuple(problems))
+    return VerifyReport(
+        str(folder), len(manifest.shards), len(manifest), size, decode, tuple(problems), coverage
+    )
+
+
+def _compare(manifest: Manifest, official: Official, problems: list[Problem]) -> Coverage | None:
+    """Compare with official lists; problems are added to those known. Raises DataError for no list."""
+    name = official.dataset
+    if name is None and len(manifest.datasets) != 1:
+        there = ", ".join(dataset.name for dataset in manifest.datasets)
+        raise DataError(f"{manifest.folder}: holds {there}: say with --dataset which is to be compared")
+    dataset = manifest.datasets[0] if name is None else manifest.dataset(name)
+    if official.classes is not None:
+        problems += [Problem(MANIFEST_NAME, text) for text in class_problems(dataset, official.classes)]
+    if official.samples is None:
+        return None
+    coverage = coverage_of(manifest, dataset, official_list(official.samples, dataset.split))
+    problems += [
+        Problem(SAMPLES_NAME, f"another class than the official list: {text}") for text in coverage.relabelled
+    ]
+    return coverage
 
 
 def _table_problems(manifest: Manifest) -> Iterator[Problem]:
@@ -161,7 +199,10 @@ def _sample_problem(data: mmap.mmap, sample: SampleInfo, decode: bool) -> str:
         )
     except tarfile.HeaderError as error:
         return f"no tar header before it ({error})"
-    if (header.name, header.size) != (f"{sample.key}.{sample.extension}", sample.length):
+    name = f"{sample.key}.{sample.extension}"
+    # in shards that others made, a header before this one may hold what does not fit into a plain one
+    plain = len(name) <= 100 and name.isascii()
+    if header.size != sample.length or (plain and header.name != name):
         return f"the archive has {header.name!r} with {header.size} bytes at this place"
     return _decode_problem(payload, sample) if decode else ""
 

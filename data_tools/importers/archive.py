@@ -13,7 +13,14 @@ from pathlib import Path
 from data_tools.readers import MemberReader, Reader
 from framework.errors import DataError
 
-__all__ = ["ArchiveMember", "last_of_each", "list_archive", "list_member_archive", "split_archive_path"]
+__all__ = [
+    "ArchiveMember",
+    "last_of_each",
+    "list_archive",
+    "list_member_archive",
+    "split_archive_path",
+    "whole_archive",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +58,7 @@ def list_member_archive(name: str, archive: MemberReader, inner: str = "") -> It
     prefix = f"{inner.strip('/')}/" if inner.strip("/") else ""
     try:
         with archive.open() as file, tarfile.open(fileobj=file, mode="r:", errorlevel=2) as tar:
-            for member in tar:
+            for member in whole_archive(tar):
                 path = member.name.removeprefix("./")
                 if member.isdir() or not path.startswith(prefix):
                     continue
@@ -61,7 +68,6 @@ def list_member_archive(name: str, archive: MemberReader, inner: str = "") -> It
                     offset = archive.offset + member.offset_data
                     reader = MemberReader(archive.archive, archive.modified, offset, member.size)
                 yield ArchiveMember(path.removeprefix(prefix), reader, reason)
-                tar.members.clear()  # type: ignore[attr-defined]  # else tarfile keeps all the millions
     except tarfile.TarError as error:
         raise DataError(
             f"{name}: cannot be read as an uncompressed tar archive ({error}); if it is compressed, unpack"
@@ -69,6 +75,17 @@ def list_member_archive(name: str, archive: MemberReader, inner: str = "") -> It
         ) from error
     except OSError as error:
         raise DataError(f"{name}: cannot be read ({error.strerror})") from error
+
+
+def whole_archive(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """All members of an open archive; tarfile.ReadError at damage, which tarfile takes for its end."""
+    for member in tar:
+        yield member
+        tar.members.clear()  # type: ignore[attr-defined]  # else tarfile keeps all the millions
+    assert tar.fileobj is not None
+    tar.fileobj.seek(tar.offset)
+    if any(tar.fileobj.read(tarfile.BLOCKSIZE)):
+        raise tarfile.ReadError(f"damaged: no header can be read at offset {tar.offset}")
 
 
 def last_of_each(members: Iterable[ArchiveMember]) -> Iterator[ArchiveMember]:
