@@ -48,6 +48,7 @@ def train_command(recipe: str, overrides: Sequence[str], ranks: int | None, run:
     """
     from framework.data.plan import check_shares
     from framework.recipe import load_recipe
+    from framework.training.elastic import fitted
 
     if (Path(recipe) / "recipe.yaml").is_file():
         run, recipe = run or Path(recipe), str(Path(recipe) / "recipe.yaml")
@@ -58,7 +59,8 @@ def train_command(recipe: str, overrides: Sequence[str], ranks: int | None, run:
         wanted = ranks or _gpus() or 1
         if wanted > 1:
             # The ranks check this too, but each of them costs memory and seconds to start.
-            check_shares(resolved.recipe.data.mixture, wanted, resolved.recipe.train.accumulation)
+            suited = fitted(resolved.recipe, run, wanted)
+            check_shares(suited.data.mixture, wanted, suited.train.accumulation)
             return run_ranks(["train", recipe, *overrides, "--run", str(run)], wanted, run / "logs")
         world = World()
         os.environ.update(rank_environment(world, free_port(), os.environ))

@@ -213,6 +213,16 @@ class Plan:
             raise RecipeError("the plan needs at least one source, and every source once")
         self._orders = {source.name: _SourceOrder(source, seed, block) for source in sources}
         self.hash = _plan_hash(sources, seed, block)
+        self.described = {
+            source.name: {
+                "count": source.count,
+                "samples": int(np.sum(source.shard_sizes)),
+                "shards": len(source.shard_sizes),
+                "identity": source.identity,
+            }
+            for source in sources
+        }
+        """What the order was made from, by source, for a message about another plan."""
 
     @property
     def counts(self) -> dict[str, int]:

@@ -166,7 +166,19 @@ def _newest_whole(run: Path) -> Path | None:
             f"every checkpoint of {run} is damaged; they were set aside as {', '.join(sorted(damaged))} with "
             "the reasons in REASON.txt. Restore one, or start again in a new --run folder"
         )
+    if _has_saved(run):
+        raise CheckpointError(
+            f"{run} has saved checkpoints (see events.jsonl), but {run / 'checkpoints'} holds none: is "
+            "everything mounted? Restore them, or start again in a new --run folder"
+        )
     return None
+
+
+def _has_saved(run: Path) -> bool:
+    """Whether the run folder tells of a checkpoint, wherever it is now."""
+    path = run / "events.jsonl"
+    with explain_os_error(path):
+        return path.is_file() and b'"kind": "checkpoint"' in path.read_bytes()
 
 
 def _set_aside(folder: Path, problems: Iterable[str]) -> str:

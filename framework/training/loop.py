@@ -18,7 +18,7 @@ from framework.data.loader import Batch, training_batches
 from framework.data.plan import Plan
 from framework.data.prefetch import check_cache
 from framework.data.sources import OpenSource, build_plan, open_sources
-from framework.errors import CheckpointError, TubeworksError
+from framework.errors import TubeworksError
 from framework.models.registry import build_model, inputs_of
 from framework.recipe import recipe_hash
 from framework.recipe.model_sections import reconstructs
@@ -29,6 +29,7 @@ from framework.training.checkpoint import CheckpointReader, choose_checkpoint
 from framework.training.counters import Counters
 from framework.training.data_facts import write_data_facts
 from framework.training.distributed import Peers, choose_device, start_process_group
+from framework.training.elastic import fitted
 from framework.training.engine import start_engine
 from framework.training.feed import Feed, agreed_quarantine, begin_ledger, commit_ledger
 from framework.training.guards import CollapseGuard, DeadGuard
@@ -40,7 +41,14 @@ from framework.training.numbers import NumbersGuard, Rollback
 from framework.training.optim import resolve_schedule
 from framework.training.recorder import Recorder
 from framework.training.retention import prune
-from framework.training.run_folder import append_event, check_continuation, held_alone, open_run
+from framework.training.run_folder import (
+    append_event,
+    check_checkpoint,
+    check_continuation,
+    held_alone,
+    history_of,
+    open_run,
+)
 from framework.training.saver import Saver, tidy
 from framework.training.session import Session
 from framework.training.signals import SignalFlag
@@ -101,8 +109,10 @@ def attempt_run(
         Rollback: on all ranks, when the next attempt is to begin at once in the same processes.
     """
     heart.beat("start")
+    asked = recipe
+    recipe = peers.on_main(lambda: fitted(asked, run, peers.world.size))
     session = prepare(recipe, run, device, peers, signals, heart)
-    session.supervision = supervision
+    session.asked, session.supervision = asked, supervision
     hosts = list(dict.fromkeys(peers.gather(platform.node())))
     attempt = peers.on_main(lambda: record_attempt(session, hosts))
     heart.begin(attempt, session.start, peers.collectives)
@@ -141,12 +151,12 @@ def prepare(
 ) -> Session:
     """Everything that can fail before the first step: data, plan, checkpoint, model, engine."""
     sources, held_out, plan = peers.together(lambda: open_data(recipe, peers.world))
-    peers.on_main(lambda: check_continuation(run, recipe, plan.hash))
+    peers.on_main(lambda: check_continuation(run, recipe, plan))
     peers.on_main(lambda: tidy(run))
     checkpoint = choose_checkpoint(run, peers)
     reader = CheckpointReader(checkpoint) if checkpoint else None
-    if reader and reader.manifest["plan"] != plan.hash:
-        raise CheckpointError(f"{reader.folder} is of a run with other shards or another order of samples")
+    if reader:
+        check_checkpoint(reader.folder, reader.manifest, recipe, plan)
     start = reader.step if reader else 0
     quarantine = agreed_quarantine(run, peers, reader.manifest if reader else None)
     # Before the model is built: the data workers are forked here, and would keep pages of its weights alive.
@@ -175,7 +185,14 @@ def prepare(
         if reader:
             state.restore(reader.read, reader.kinds, reader.manifest["optimizer_steps"])
     keep = recipe.checkpoint
-    saver = Saver(run, peers, keep.mode, prune=lambda: prune(run, keep))
+    saver = Saver(
+        run,
+        peers,
+        keep.mode,
+        prune=lambda: prune(run, keep),
+        history=lambda: history_of(run),
+        beat=lambda: heart.beat("save"),
+    )
     return Session(
         recipe,
         run,
@@ -216,9 +233,9 @@ def open_data(recipe: Recipe, world: World) -> tuple[dict[str, OpenSource], dict
 
 def record_attempt(session: Session, hosts: list[str]) -> int:
     """Write down that an attempt begins, and with which weights; returns its number."""
-    attempt = open_run(
-        session.run, session.recipe, session.peers.world, session.plan.hash, session.start, hosts
-    )
+    recipe, world = session.asked, session.peers.world
+    accumulation = session.recipe.train.accumulation
+    attempt = open_run(session.run, recipe, world, session.plan, session.start, accumulation, hosts)
     begin_ledger(session, attempt)
     write_data_facts(session.run, session.sources)
     if session.origin:
@@ -331,6 +348,8 @@ def save(session: Session, step: int, counters: Counters, wait: bool) -> None:
     facts = {
         "recipe": recipe_hash(session.recipe),
         "plan": session.plan.hash,
+        "recipe_values": session.recipe.model_dump(mode="json"),
+        "accumulation": session.recipe.train.accumulation,
         "zero": session.recipe.engine.zero,
         "precision": session.recipe.engine.precision,
         "skipped_steps": session.skipped,

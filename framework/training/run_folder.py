@@ -15,17 +15,22 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import platform
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from framework.errors import RecipeError, TubeworksError
+from pydantic import ValidationError
+
+from framework.data.plan import Plan
+from framework.errors import CheckpointError, RecipeError, TubeworksError
 from framework.recipe import dump_yaml, flatten, load_recipe, recipe_hash
 from framework.recipe.schema import Recipe
 from framework.tracking.lock import RunLock
+from framework.tracking.sender import load_state
 from framework.training.checkpoint_manifest import checkpoint_folders
 from framework.training.distributed import Peers
 from framework.training.storage import append_json, explain_os_error, write_json, write_text
@@ -35,13 +40,17 @@ from framework.world import World
 __all__ = [
     "MAY_CHANGE",
     "append_event",
+    "check_checkpoint",
     "check_continuation",
     "differences",
     "held_alone",
+    "history_of",
     "open_run",
     "read_run",
     "take_alone",
 ]
+
+log = logging.getLogger(__name__)
 
 VERSION = 1
 
@@ -75,15 +84,33 @@ MAY_CHANGE = (
 
 
 def open_run(
-    run: Path, recipe: Recipe, world: World, plan_hash: str, start_step: int, hosts: Sequence[str]
+    run: Path,
+    recipe: Recipe,
+    world: World,
+    plan: Plan,
+    start_step: int,
+    accumulation: int,
+    hosts: Sequence[str],
 ) -> int:
     """Write down that an attempt begins (rank 0 only); returns the attempt's number, from 0.
+
+    `recipe` is the one that was asked for; `accumulation` is what is done on this number of ranks.
 
     Errors:
         CheckpointError: the folder cannot be written.
     """
-    state = read_run(run) or {"version": VERSION, "name": recipe.name, "plan": plan_hash, "attempts": []}
+    state = read_run(run) or {"version": VERSION, "name": recipe.name, "plan": plan.hash, "attempts": []}
     attempt = len(state["attempts"])
+    changed = _changes(run, recipe)
+    for line in changed:
+        log.info("changed since the last attempt: %s", line)
+    asked = recipe.train.accumulation
+    if accumulation != asked:
+        text = (
+            "train.accumulation is %d instead of %d on %d ranks: micro-batches stay no larger than they were"
+        )
+        log.info(text, accumulation, asked, world.size)
+    state["sources"] = plan.described
     close_unknown(run, state)
     forget_heartbeats(run, attempt)
     state["recipe"] = recipe_hash(recipe)
@@ -92,6 +119,9 @@ def open_run(
             "attempt": attempt,
             "start_step": start_step,
             "ranks": world.size,
+            "accumulation": accumulation,
+            "asked_accumulation": asked,
+            "changed": changed,
             "host": platform.node(),
             "hosts": list(hosts),
             "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -182,7 +212,7 @@ def take_alone(run: Path, lock: RunLock) -> None:
         )
 
 
-def check_continuation(run: Path, recipe: Recipe, plan_hash: str) -> None:
+def check_continuation(run: Path, recipe: Recipe, plan: Plan) -> None:
     """Make sure that the recipe and its shards may go on with the run that lies in the folder.
 
     Errors:
@@ -197,20 +227,70 @@ def check_continuation(run: Path, recipe: Recipe, plan_hash: str) -> None:
             )
         return
     before = load_recipe(str(run / "recipe.yaml")).recipe
+    _refuse_changes(str(run), before, recipe)
+    state = read_run(run)
+    if state and state["plan"] != plan.hash:
+        raise RecipeError(
+            f"{run} was trained with plan {state['plan']}, this recipe and these shards make {plan.hash}: "
+            f"the order of the samples would change{_other_sources(state.get('sources', {}), plan)}. "
+            "Take the shards that it started with, or a new --run"
+        )
+
+
+def check_checkpoint(folder: Path, manifest: Mapping[str, Any], recipe: Recipe, plan: Plan) -> None:
+    """Make sure that a checkpoint is of this experiment: somebody may have put it into the run folder.
+
+    Errors:
+        CheckpointError: it was trained on other shards or in another order.
+        RecipeError: something that shapes the experiment differs; every difference is listed.
+    """
+    if manifest["plan"] != plan.hash:
+        raise CheckpointError(f"{folder} is of a run with other shards or another order of samples")
+    try:
+        before = Recipe.model_validate(manifest.get("recipe_values"))
+    except ValidationError:  # of a version with other keys: recipe.yaml has been compared
+        return
+    _refuse_changes(str(folder), before, recipe)
+
+
+def history_of(run: Path) -> dict[str, Any]:
+    """What a checkpoint keeps of the run as a whole: its attempts, and the run in MLflow that mirrors it.
+
+    Errors:
+        TubeworksError: run.json is damaged.
+    """
+    return {"attempts": (read_run(run) or {}).get("attempts", []), "mlflow_run": load_state(run)["run_id"]}
+
+
+def _refuse_changes(what: str, before: Recipe, recipe: Recipe) -> None:
     changed = [line for key, line in differences(before, recipe) if not _may_change(key)]
     if changed:
         listing = "\n  ".join(changed)
         raise RecipeError(
-            f"{run} holds a run of another experiment:\n  {listing}\n"
+            f"{what} holds a run of another experiment:\n  {listing}\n"
             "Undo the change, or start a new run with --run NEW_FOLDER. "
             f"Only these may change between attempts: {', '.join(MAY_CHANGE)}"
         )
-    state = read_run(run)
-    if state and state["plan"] != plan_hash:
-        raise RecipeError(
-            f"{run} was trained with plan {state['plan']}, this recipe and these shards make {plan_hash}: "
-            "the order of the samples would change. Take the shards that it started with, or a new --run"
-        )
+
+
+def _changes(run: Path, recipe: Recipe) -> list[str]:
+    """What differs from the last attempt's recipe, line by line."""
+    if not (run / "recipe.yaml").exists():
+        return []
+    return [line for _, line in differences(load_recipe(str(run / "recipe.yaml")).recipe, recipe)]
+
+
+def _other_sources(before: Mapping[str, Mapping[str, Any]], plan: Plan) -> str:
+    """In which sources two plans differ, in words."""
+    words = []
+    for name in sorted({*before, *plan.described} if before else ()):
+        old, new = before.get(name, {}), plan.described.get(name, {})
+        words += [
+            f"{name}: {key} {old.get(key, '(absent)')} -> {new.get(key, '(absent)')}"
+            for key in ("count", "samples", "shards", "identity")
+            if old.get(key) != new.get(key)
+        ]
+    return f" ({'; '.join(words)})" if words else ""
 
 
 def differences(before: Recipe, after: Recipe) -> list[tuple[str, str]]:

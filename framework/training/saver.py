@@ -85,6 +85,13 @@ class _Flight:
     bytes: int = 0
     committing: bool = False
     given_up: threading.Event = field(default_factory=threading.Event)
+    pieces: int = 0
+    """How far this rank's thread is: pieces of files that it has begun."""
+
+    def abandoned(self) -> bool:
+        """Asked before each piece: whether to give up."""
+        self.pieces += 1
+        return self.given_up.is_set()
 
 
 class _Task:
@@ -123,15 +130,25 @@ class Saver:
         peers: the other ranks.
         mode: `async` copies and lets training go on, `sync` lets it wait.
         prune: what rank 0 does after each commit; its failure is a warning.
+        history: what the manifest says of the run as a whole, asked when it is written.
+        beat: called while all wait for a save, as long as some rank comes forward with it.
     """
 
     def __init__(
-        self, run: Path, peers: Peers, mode: Mode, prune: Callable[[], object] = lambda: None
+        self,
+        run: Path,
+        peers: Peers,
+        mode: Mode,
+        prune: Callable[[], object] = lambda: None,
+        history: Callable[[], Mapping[str, Any]] = dict,
+        beat: Callable[[], None] = lambda: None,
     ) -> None:
         self._run = run
         self._peers = peers
         self._mode: Mode = mode
         self._prune = prune
+        self._history = history
+        self._beat = beat
         # Nobody else writes to a folder of this name, so nobody has to wait until it has been emptied.
         self._token = peers.from_main(uuid.uuid4().hex[:8])
         self._copies: HostCopies | None = None
@@ -213,13 +230,17 @@ class Saver:
             CheckpointError, TrainingStopped: as `start`.
         """
         began = last_told = time.perf_counter()
+        pieces = -1
         while (flight := self._flight) is not None:
             assert self._task is not None
             self._task.wait(LOOK_SECONDS)
             now = time.perf_counter()
             flags = self.flags()
             tell = self._peers.world.is_main and now - last_told > SLOW_SECONDS
-            busy, failed, tell = self._peers.highest([*flags, int(tell)])
+            busy, failed, tell, far = self._peers.highest([*flags, int(tell), flight.pieces])
+            if far > pieces:
+                pieces = far
+                self._beat()
             if tell and busy:
                 last_told = now
                 self._name_the_slow(flight.step, flags[0], now - flight.began)
@@ -254,7 +275,7 @@ class Saver:
             order = layout(tensors)
             content = blocks(tensors, order, look)
             path = flight.temporary / name
-            flight.entries.append(write_tensors(path, order, content, abandoned=flight.given_up.is_set))
+            flight.entries.append(write_tensors(path, order, content, abandoned=flight.abandoned))
 
     def _finite(self, step: int, file: str) -> Callable[[str, Tensor], None]:
         def look(name: str, tensor: Tensor) -> None:
@@ -274,7 +295,7 @@ class Saver:
         for path in self._run.glob("*.jsonl"):  # what a checkpoint counts as done must not be lost without it
             with explain_os_error(path):
                 files.sync_file(path)
-        write_manifest(flight.temporary, manifest)
+        write_manifest(flight.temporary, {**self._history(), **manifest})
         with explain_os_error(flight.final):
             if flight.final.exists():  # the same step, saved before training was set back
                 _put_aside(flight.final)

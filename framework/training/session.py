@@ -64,6 +64,8 @@ class Session:
     """Where the weights come from, if from another run and in this attempt."""
     supervision: Supervision | None = None
     """Who started this attempt and may start the next; None: a person."""
+    asked: Recipe = field(init=False)
+    """The recipe as the user wrote it; `recipe` may be fitted to another number of ranks."""
     ledger: Ledger = field(init=False)
     """What this rank has fed since the last checkpoint."""
 
@@ -71,5 +73,6 @@ class Session:
     """What an operator asks of this training."""
 
     def __post_init__(self) -> None:
+        self.asked = self.recipe
         self.ledger = Ledger(self.start)
         self.requests = Requests(self.run, is_main=self.peers.world.is_main)

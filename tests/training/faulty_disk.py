@@ -113,7 +113,7 @@ class FailingDisk(Disk):
 
     def sync(self, descriptor: int) -> None:
         if self._fault == "EIO-sync":
-            self._fail(name_of(descriptor), errno.EIO)
+            self._fail(name_of(descriptor))
         super().sync(descriptor)
 
     def _meets(self, path: str) -> bool:
@@ -122,9 +122,9 @@ class FailingDisk(Disk):
         self.hits[self._fault] += 1
         return self.hits[self._fault] > self._after
 
-    def _fail(self, path: str, number: int | None = None) -> None:
+    def _fail(self, path: str) -> None:
         if self._meets(path):
-            number = number or getattr(errno, self._fault)
+            number: int = getattr(errno, self._fault.partition("-")[0])
             raise OSError(number, os.strerror(number), path)
 
 

@@ -134,7 +134,8 @@ def attempt(recipe: Path, run: Path, logs: Path, kill: Kill | None, *settings: s
         killed = job.processes[kill.rank].exitcode == -signal.SIGKILL
         if killed and kill.all_ranks:
             job.kill()
-    job.wait(180)
+    # who has lost its peer while they were still meeting would wait for long; a launcher ends it, too
+    job.wait(15 if killed else 180)
     return job, killed
 
 

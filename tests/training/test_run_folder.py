@@ -12,6 +12,8 @@ import pytest
 from rank_processes import start_training
 
 from data_tools.synth import SynthOptions, synthesize
+from framework.data.plan import Plan
+from framework.data.sources import build_plan, open_sources
 from framework.errors import RecipeError, TubeworksError
 from framework.recipe.schema import Recipe
 from framework.training.run_folder import check_continuation, differences, read_run
@@ -21,12 +23,16 @@ def plan_of(run: Path) -> str:
     return json.loads((run / "run.json").read_text())["plan"]
 
 
+def plan_for(recipe: Recipe) -> Plan:
+    return build_plan(recipe, open_sources(recipe))
+
+
 def test_the_same_recipe_goes_on(trained: Path, make_recipe: Callable[..., Recipe]) -> None:
-    check_continuation(trained, make_recipe(), plan_of(trained))
+    check_continuation(trained, make_recipe(), plan_for(make_recipe()))
 
 
 def test_an_empty_folder_takes_any(tmp_path: Path, make_recipe: Callable[..., Recipe]) -> None:
-    check_continuation(tmp_path, make_recipe(), "whatever")
+    check_continuation(tmp_path, make_recipe(), plan_for(make_recipe()))
 
 
 @pytest.mark.parametrize(
@@ -47,7 +53,7 @@ def test_an_empty_folder_takes_any(tmp_path: Path, make_recipe: Callable[..., Re
 def test_what_shapes_no_loss_may_change(
     trained: Path, make_recipe: Callable[..., Recipe], override: str
 ) -> None:
-    check_continuation(trained, make_recipe(override), plan_of(trained))
+    check_continuation(trained, make_recipe(override), plan_for(make_recipe()))
 
 
 @pytest.mark.parametrize(
@@ -67,7 +73,7 @@ def test_what_shapes_the_experiment_may_not(
     trained: Path, make_recipe: Callable[..., Recipe], override: str, line: str
 ) -> None:
     with pytest.raises(RecipeError) as caught:
-        check_continuation(trained, make_recipe(override), plan_of(trained))
+        check_continuation(trained, make_recipe(override), plan_for(make_recipe()))
     assert f"\n  {line}\n" in str(caught.value)
     assert "--run NEW_FOLDER" in str(caught.value)
 
@@ -95,6 +101,7 @@ def test_other_shards_are_refused(recipe_file: Path, run_copy: Path, tmp_path: P
     assert job.wait() == [2]
     assert f"error: {run_copy} was trained with plan {plan_of(run_copy)}" in job.said()
     assert "Take the shards that it started with" in job.said()
+    assert "digits: identity " in job.said(), "which source is another one"
 
 
 def test_shards_that_only_moved_are_welcome(
@@ -130,7 +137,7 @@ def test_a_run_without_its_recipe_does_not_take_another(
         if gone:
             (run / gone).unlink()
         with pytest.raises(TubeworksError, match=r"a run without its recipe\.yaml"):
-            check_continuation(run, make_recipe(), plan_of(trained))
+            check_continuation(run, make_recipe(), plan_for(make_recipe()))
 
 
 def test_a_later_run_json_is_refused(tmp_path: Path) -> None:
