@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "training"))
 
@@ -47,7 +48,7 @@ def kill_runs(home: Path, runs: int, seed: int, result: Path | None) -> dict[str
     from data_tools.synth import SynthOptions, synthesize
 
     home.mkdir(parents=True, exist_ok=True)
-    counts = {"train_videos": 24, "val_videos": 8, "train_images": 24, "val_images": 10}
+    counts: dict[str, Any] = {"train_videos": 24, "val_videos": 8, "train_images": 24, "val_images": 10}
     synthesize(SynthOptions(home / "shards", size=16, frames=6, **counts))
     recipe = home / "tiny.yaml"
     recipe.write_text(RECIPE.format(shards=home / "shards"), encoding="utf-8")

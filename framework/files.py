@@ -115,7 +115,7 @@ def replace_file(path: Path, write: Callable[[BinaryIO], Any], *, rivals: bool =
     own = f".{socket.gethostname()}-{os.getpid()}" if rivals else ""
     temporary = path.with_name(f"{path.name}{own}.tmp")
     try:
-        with io.BufferedWriter(_File(temporary, "wb"), _BLOCK) as file:
+        with io.BufferedWriter(_File(disk.create(temporary), "wb"), _BLOCK) as file:
             write(file)
             file.flush()
             disk.sync(file.fileno())

@@ -267,10 +267,9 @@ def check_folder(folder: Path, recipe: Recipe) -> None:
     """
     if not (folder / "recipe.yaml").exists():
         return
-    from framework.training.run_folder import check_continuation, read_run
+    from framework.training.run_folder import check_continuation
 
-    state = read_run(folder)
-    check_continuation(folder, recipe, state["plan"] if state else "")
+    check_continuation(folder, recipe, None)
 
 
 def register(folder: Path, recipe: Recipe, git: dict[str, str]) -> str | None:

@@ -212,8 +212,10 @@ def take_alone(run: Path, lock: RunLock) -> None:
         )
 
 
-def check_continuation(run: Path, recipe: Recipe, plan: Plan) -> None:
+def check_continuation(run: Path, recipe: Recipe, plan: Plan | None) -> None:
     """Make sure that the recipe and its shards may go on with the run that lies in the folder.
+
+    Without a plan only the recipe is compared.
 
     Errors:
         RecipeError: something that shapes the experiment differs; every difference is listed.
@@ -229,7 +231,7 @@ def check_continuation(run: Path, recipe: Recipe, plan: Plan) -> None:
     before = load_recipe(str(run / "recipe.yaml")).recipe
     _refuse_changes(str(run), before, recipe)
     state = read_run(run)
-    if state and state["plan"] != plan.hash:
+    if state and plan and state["plan"] != plan.hash:
         raise RecipeError(
             f"{run} was trained with plan {state['plan']}, this recipe and these shards make {plan.hash}: "
             f"the order of the samples would change{_other_sources(state.get('sources', {}), plan)}. "

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from framework import files
 from framework.errors import CheckpointError, TrainingStopped, TubeworksError
-from framework.training.checkpoint_manifest import FIXED, folder_of, write_manifest
+from framework.training.checkpoint_manifest import FIXED, folder_of, read_manifest, write_manifest
 from framework.training.distributed import Peers
 from framework.training.host_memory import available_memory
 from framework.training.snapshot import (
@@ -205,6 +205,11 @@ class Saver:
         if not background:
             self.finish()
 
+    @property
+    def in_flight(self) -> bool:
+        """Whether a save is on its way, the same on every rank."""
+        return self._flight is not None
+
     def flags(self) -> list[int]:
         """Whether this rank's thread is busy, and whether it failed: to be reduced by their maximum."""
         if self._task is None:
@@ -296,6 +301,7 @@ class Saver:
             with explain_os_error(path):
                 files.sync_file(path)
         write_manifest(flight.temporary, {**self._history(), **manifest})
+        read_manifest(flight.temporary)  # a disk that lies is found while the older checkpoints are there
         with explain_os_error(flight.final):
             if flight.final.exists():  # the same step, saved before training was set back
                 _put_aside(flight.final)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -15,6 +17,7 @@ from rank_processes import journalled, start_training, train_to_end
 
 from framework.errors import CheckpointError
 from framework.recipe.checkpoint_section import Checkpoint
+from framework.training import checkpoint_manifest
 from framework.training.checkpoint import choose_checkpoint, load_weights, newest_valid
 from framework.training.checkpoint_manifest import (
     MANIFEST,
@@ -111,6 +114,59 @@ def test_if_all_are_damaged_nothing_starts_from_scratch_by_itself(recipe_file: P
     job = start_training(recipe_file, run_copy, 1)
     assert job.wait() == [4]
     assert "error: every checkpoint of" in job.said()
+
+
+def test_checkpoints_that_are_gone_are_not_taken_for_none(recipe_file: Path, run_copy: Path) -> None:
+    shutil.rmtree(run_copy / "checkpoints")  # as where a mount has vanished
+    with pytest.raises(CheckpointError, match=r"has saved checkpoints .* is everything mounted\?"):
+        choose_checkpoint(run_copy, ALONE)
+
+
+@pytest.mark.parametrize(
+    ("number", "damaged"), [(errno.EIO, True), (errno.ESTALE, False), (errno.EACCES, False)]
+)
+def test_what_cannot_be_reached_is_not_set_aside(
+    run_copy: Path, monkeypatch: pytest.MonkeyPatch, number: int, damaged: bool
+) -> None:
+    real = checkpoint_manifest.hash_file
+
+    def failing(path: Path) -> str:
+        if path.parent.name == "step-00000006":
+            raise OSError(number, os.strerror(number), str(path))
+        return real(path)
+
+    monkeypatch.setattr(checkpoint_manifest, "hash_file", failing)
+    if damaged:  # the disk has lost it
+        assert choose_checkpoint(run_copy, ALONE) == folder_of(run_copy, 3)
+    else:
+        with pytest.raises(CheckpointError, match="may be whole: nothing was changed"):
+            choose_checkpoint(run_copy, ALONE)
+    assert folder_of(run_copy, 6).exists() != damaged
+
+
+def test_the_checkpoint_of_another_experiment_is_refused(
+    recipe_file: Path, run_copy: Path, tmp_path: Path
+) -> None:
+    other = train_to_end(
+        recipe_file, tmp_path / "other", 1, "train.steps=3", "optimizer.lr=0.5", "schedule.warmup=1"
+    )
+    shutil.rmtree(run_copy / "checkpoints")
+    shutil.copytree(other / "checkpoints", run_copy / "checkpoints")
+    job = start_training(recipe_file, run_copy, 1)
+    assert job.wait() == [2], job.said()[-2000:]
+    said = job.said()
+    assert "step-00000003 holds a run of another experiment:" in said
+    assert "  optimizer.lr: 0.5 -> 0.001\n" in said
+    assert "Only these may change between attempts: name, " in said
+
+
+def test_a_manifest_tells_where_it_comes_from(recipe_file: Path, run_copy: Path) -> None:
+    manifest = read_manifest(folder_of(run_copy, 6))
+    assert [one["ranks"] for one in manifest["attempts"]] == [2]
+    assert manifest["recipe_values"]["optimizer"]["lr"] == 1e-3
+    assert manifest["accumulation"] == 1
+    assert len(manifest["counters"]) == 2, "of both ranks"
+    assert manifest["counters"][0].keys() >= {"meters", "collapse", "dead"}
 
 
 def test_a_later_format_is_not_taken_for_damage(run_copy: Path) -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from rank_processes import journalled, train_to_end
+from elastic_worker import MIXTURE, all_stages
+from rank_processes import Job, journalled, train_to_end
 
 from framework.training.checkpoint import load_weights, newest_valid
+from framework.training.elastic import fit_accumulation
 
 LOSSES = ("train/loss", "train/motion/loss", "train/digits/loss")
 
@@ -38,9 +42,7 @@ def assert_close(run: Path, trained: Path) -> None:
 @pytest.mark.parametrize(
     ("ranks", "overrides"),
     [
-        (1, ["engine.zero=1"]),
         (1, ["engine.zero=2", "train.accumulation=4"]),
-        (2, ["engine.zero=3"]),
         (2, ["engine.zero=2", "train.activation_checkpointing=true"]),
         (2, ["engine.zero=0", "train.accumulation=2"]),
         (4, ["engine.zero=1", "data.workers=1"]),
@@ -62,3 +64,63 @@ def test_what_other_stages_write_goes_on(
     assert_close(first, trained)
     run = continue_from_half(recipe_file, first, tmp_path / "run", 1, "engine.zero=1")
     assert_close(run, trained)
+
+
+@pytest.fixture(scope="module")
+def matrix(recipe_file: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Every number of ranks under every stage goes on with what the cell before it wrote."""
+    folder = tmp_path_factory.mktemp("matrix")
+    reference = train_to_end(recipe_file, folder / "reference", 2, *MIXTURE)
+    found: dict[str, Any] = {"reference": journalled(reference)}
+    source = reference / "checkpoints" / "step-00000003"
+    for ranks in (1, 2, 3, 4):
+        job = Job(ranks, folder / f"logs-{ranks}", all_stages, str(recipe_file), str(source), str(folder))
+        codes = job.wait(300)
+        assert codes == [0] * ranks, [job.said(rank)[-3000:] for rank in range(ranks)]
+        found |= json.loads((folder / f"ranks-{ranks}.json").read_text())
+        source = Path(found[f"{ranks}-3"]["folder"])
+    return found
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+def test_any_number_of_ranks_and_any_stage_go_on(matrix: dict[str, Any], ranks: int, stage: int) -> None:
+    cell = matrix[f"{ranks}-{stage}"]
+    assert cell["unequal"] == [], "weights, averages, moments and buffers, after another conversion"
+    assert cell["tensors"] > 100
+    for step, loss in zip((4, 5, 6), cell["losses"], strict=True):
+        assert loss == pytest.approx(matrix["reference"][step]["train/loss"], rel=1e-5), step
+
+
+def attempt(ranks: int, accumulation: int, asked: int) -> dict[str, int]:
+    return {"ranks": ranks, "accumulation": accumulation, "asked_accumulation": asked}
+
+
+@pytest.mark.parametrize(
+    ("asked", "ranks", "attempts", "expected"),
+    [
+        (1, 4, [], 1),
+        (1, 4, [attempt(4, 1, 1)], 1),
+        (1, 2, [attempt(4, 1, 1)], 2),
+        (1, 1, [attempt(4, 1, 1)], 4),
+        (1, 3, [attempt(4, 1, 1)], 2),  # 6 micro-batches: 4 do not divide by 3
+        (1, 4, [attempt(4, 1, 1), attempt(3, 2, 1)], 1),  # back to where it was
+        (2, 4, [attempt(2, 2, 2)], 1),
+        (3, 2, [attempt(4, 1, 1)], 3),  # somebody asks for another: that counts
+        (1, 5, [attempt(4, 1, 1)], 1),  # does not divide at all: left to the check that says so
+        (1, 2, [{"ranks": 4}], 1),  # of a version that did not write it down
+    ],
+)
+def test_micro_batches_stay_no_larger(
+    asked: int, ranks: int, attempts: list[dict[str, int]], expected: int
+) -> None:
+    assert fit_accumulation({"motion": 24, "digits": 12}, asked, ranks, attempts) == expected
+
+
+def test_fewer_ranks_accumulate_more_by_themselves(recipe_file: Path, trained: Path, tmp_path: Path) -> None:
+    run = continue_from_half(recipe_file, trained, tmp_path / "run", 1)
+    assert_close(run, trained)
+    attempts = json.loads((run / "run.json").read_text())["attempts"]
+    assert [(one["ranks"], one["accumulation"]) for one in attempts] == [(2, 1), (1, 2)]
+    assert attempts[-1]["asked_accumulation"] == 1
+    assert "accumulation: 1" in (run / "recipe.yaml").read_text(), "the recipe says what was asked for"
