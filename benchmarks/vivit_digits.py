@@ -37,7 +37,7 @@ DIRECTIONS = ((1, 0), (0, 1), (-1, 0), (0, -1))
 CANVAS, FRAMES, BATCH = 16, 4, 32
 INPUTS = {"clips": InputSpec("video", FRAMES, CANVAS, len(DIRECTIONS))}
 SIZE = {"width": 64, "depth": 2, "heads": 4}
-VIVIT = {**SIZE, "tubelet": [1, 8, 8], "temporal_depth": 2}
+VIVIT = {**SIZE, "tubelet": [1, 8, 8]}
 MAE = {**SIZE, "name": "videomae_ti", "tubelet": [1, 8, 8]}
 CELLS: dict[str, dict[str, Any]] = {
     **{name: {**VIVIT, "name": f"vivit_ti_{name}"} for name in ("m1", "m2", "m3", "m4", "avgpool")},

@@ -69,6 +69,13 @@ class ViViT(_Encoder):
             )
         return self
 
+    @model_validator(mode="after")
+    def _options_belong_to_their_model(self) -> ViViT:
+        for key, kind in (("temporal_depth", "_m2"), ("order", "_m3")):
+            if getattr(self, key) != type(self).model_fields[key].default and not self.name.endswith(kind):
+                raise BrokenRule(f"belongs to model {kind[2:]} alone, and this is {self.name}", key)
+        return self
+
 
 class TimeSformer(_Encoder):
     """TimeSformer (arXiv 2102.05095): `timesformer_b_divided`, `_joint` or `_space`."""

@@ -129,6 +129,8 @@ def test_json_and_tables(capsys: pytest.CaptureFixture[str]) -> None:
         ("vivit_b_m1", "model.gelu=tanhh", "must be exact or tanh, not tanhh, did you mean `tanh`"),
         ("vivit_b_m1", "model.tube_set=one", "unknown key"),
         ("vivit_b_m4", "model.pool=class_token", "models 3 and 4"),
+        ("vivit_b_m3", "model.temporal_depth=2", "belongs to model 2 alone, and this is vivit_b_m3"),
+        ("vivit_b_m1", "model.order=time_space", "belongs to model 3 alone"),
         ("mtv_b", "model.views=[]", "shortest tubelets to the longest"),
         ("mtv_b", "model.views=[{frames: 2}]", r"is missing; it must be an integer greater than 0"),
         ("vivit_b_m6", "model.depth=2", "did you mean `vivit_b_m"),
