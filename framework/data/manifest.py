@@ -191,9 +191,9 @@ class Manifest:
         not cover their labels.
         """
         path = self.table
-        if self._sums is not None and self._batch.nbytes > EAGER_BYTES:
-            return
         try:
+            if self._sums is not None and path.stat().st_size > EAGER_BYTES:
+                return
             intact = hash_file(path) == self.samples_checksum
         except OSError as error:
             raise DataError(f"{path}: cannot be read ({error.strerror}); check the permissions") from error
@@ -384,6 +384,7 @@ def _open_samples(
                 f"{path}: not the table that version {version} of the manifest describes; {advice}"
             )
         batch = reader.get_batch(0)
+        batch.validate()  # that what its columns claim to hold lies inside the file
     except FileNotFoundError:
         raise DataError(f"{path}: missing; {advice}") from None
     except (OSError, pyarrow.ArrowInvalid) as error:

@@ -1,0 +1,1 @@
+"""Thousands of damaged inputs through sharding, manifest and loader: `python -m benchmarks.fuzz`."""
