@@ -122,7 +122,9 @@ class TrainingBatches(Iterator[Batch]):
 
     def __next__(self) -> Batch:
         with self._making:
+            before = self._items.transfer_seconds
             batch = self.renewed(next(self._items))
+            batch.seconds["transfer"] = self._items.transfer_seconds - before
         if self._prefetcher:
             self._prefetcher.arrived(batch.step)
         return batch

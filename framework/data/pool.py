@@ -77,6 +77,8 @@ class Items(Iterator[Item], Generic[Item]):
         self._count = count
         self._care = care
         self._next = 0
+        self.transfer_seconds = 0.0
+        """Time that taking in items from other processes has cost this one."""
 
     def __next__(self) -> Item:
         if self._next >= self._count:
@@ -286,11 +288,13 @@ class _Pooled(Items[Item]):
         ready = self._selector.select(seconds)
         for key, _ in ready:
             worker: _Worker = key.data
+            arrived = time.perf_counter()
             try:
                 number, item, defect, worker.memory = messages.receive(worker.connection)
             except messages.Closed:
                 self._bury(worker, hung=False)
                 continue
+            self.transfer_seconds += time.perf_counter() - arrived
             worker.tasks.remove(number)
             worker.quiet = 0.0
             self._losses.pop(number, None)

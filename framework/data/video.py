@@ -159,6 +159,10 @@ def _open(container: av.container.InputContainer) -> av.VideoStream:
     if not container.streams.video:
         raise Undecodable("there is no video stream")
     stream = container.streams.video[0]
+    if (
+        stream.codec_context is None
+    ):  # PyAV's types do not say that it may be, where nothing decodes the stream
+        raise Undecodable("no decoder knows the codec of the video stream")
     if max(stream.codec_context.width, stream.codec_context.height) > MAX_FRAME_SIDE:
         raise Undecodable(f"frames are larger than {MAX_FRAME_SIDE} pixels a side")
     stream.thread_type = "NONE"  # frame threads deadlock in forked workers, and cores are full already

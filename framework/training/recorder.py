@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 
+from framework.data.doctor import Verdict, diagnose
 from framework.data.loader import Batch
 from framework.errors import TubeworksError
 from framework.evaluation.anatomy import draw_anatomy
@@ -44,6 +46,7 @@ class Recorder:
     def __init__(self, session: Session, attempt: int) -> None:
         self._session = session
         self._began = time.perf_counter()
+        self._bound = self._told = ""
         self._main = session.peers.world.is_main
         self._line = LiveLine(session.recipe.train.steps, shown=self._main)
         # Together, because a folder that cannot be written must end all ranks with the same message.
@@ -60,12 +63,30 @@ class Recorder:
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """A logging point."""
         system = self._system.sample() if self._main and self._system else {}
-        self._write(step, {**metrics, **system})
+        verdict = self._diagnose(metrics)
+        of_data = {"data/cores_short": float(verdict.cores_short)}
+        if memory := self._session.loader.worker_memory():
+            of_data["data/worker_own_mb"] = memory / 1e6
+        self._write(step, {**metrics, **of_data, **system})
+        self._tell(step, verdict)
         if not self._main:
             return
         done = step - self._session.start
         pace = (time.perf_counter() - self._began) / max(1, done)
         self._line.show(step, metrics, pace * (self._session.recipe.train.steps - step))
+
+    def _diagnose(self, metrics: Mapping[str, float]) -> Verdict:
+        world, workers = self._session.peers.world, self._session.recipe.data.workers
+        return diagnose(metrics, workers, world.local_size, len(os.sched_getaffinity(0)))
+
+    def _tell(self, step: int, verdict: Verdict) -> None:
+        """Say what the training waits for when that has changed and lasted for two logging points."""
+        lasts = verdict.bound == self._bound
+        self._bound = verdict.bound
+        if self._main and lasts and verdict.bound != self._told:
+            self._told = verdict.bound
+            self._line.say(f"data: {verdict.text}")
+            append_event(self._session.run, "doctor", step, bound=verdict.bound, verdict=verdict.text)
 
     def stopping(self, number: int) -> None:
         """A signal asked to stop."""
