@@ -29,6 +29,7 @@ from launch.wishes import Wishes
 
 if TYPE_CHECKING:
     from framework.recipe.schema import Recipe
+from framework.training.elastic import fitted
 
 __all__ = ["Plan", "check_time", "plan_run", "usable_seconds"]
 
@@ -90,7 +91,7 @@ def plan_run(
     resolved = with_absolute_paths(load_recipe(recipe, overrides).recipe)
     folder = (run or Path(site.runs) / resolved.name).resolve()
     submission = plan_submission(resolved, wishes, site, folder)
-    check_recipe(resolved, submission)
+    check_recipe(fitted(resolved, folder, submission.ranks), submission)
     known = partitions()
     problems: list[TubeworksError] = []
 

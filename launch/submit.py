@@ -13,6 +13,7 @@ from typing import Any
 
 from framework.errors import RecipeError, SchedulerError, TubeworksError
 from framework.recipe.schema import Recipe
+from framework.training.elastic import fitted
 from launch import slurm
 from launch.site import Site, load_site, minutes
 from launch.snapshot import take_snapshot
@@ -49,7 +50,7 @@ def prepare_run(
     resolved = with_absolute_paths(load_recipe(recipe, overrides).recipe)
     folder = (run or Path(site.runs) / resolved.name).resolve()
     submission = replace(plan_submission(resolved, wishes, site, folder), local=local)
-    check_recipe(resolved, submission)
+    check_recipe(fitted(resolved, folder, submission.ranks), submission)
     if not submission.local and not slurm.is_available():
         raise slurm.SlurmMissing(
             "there is no Slurm on this machine: submit from a login node, or use `--local` to train here"
@@ -200,7 +201,7 @@ def resubmit(run: Path, changes: Wishes, *, new_code: bool = False) -> Submissio
     if "gpus_per_node" in said and "ranks_per_node" not in said:
         said["ranks_per_node"] = said["gpus_per_node"] or before.ranks_per_node
     submission = replace(before, **said, local=False)
-    check_recipe(recipe, submission)
+    check_recipe(fitted(recipe, run, submission.ranks), submission)
     job = active_job(run)
     if job is not None and job.state != "PENDING":
         raise TubeworksError(

@@ -16,8 +16,11 @@ from framework.training.distributed import Peers, start_process_group
 from framework.training.saver import save_checkpoint
 from framework.world import World
 
-MIXTURE = ("data.mixture.motion=12", "data.mixture.digits=12", "data.sources.digits.mixup=0")
-"""Divides by 1, 2, 3 and 4 ranks; pairs for mixup would not."""
+MIXTURE = (
+    *("data.mixture.motion=12", "data.mixture.digits=12", "data.sources.digits.mixup=0"),
+    *("schedule.name=constant", "schedule.warmup=0"),
+)
+"""Divides by 1, 2, 3 and 4 ranks, which pairs for mixup would not; and a learning rate that nobody sets."""
 
 
 def one_stage(recipe_file: str, source: Path, run: Path, stage: int, peers: Peers) -> dict[str, Any]:
