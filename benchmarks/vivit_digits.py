@@ -34,7 +34,7 @@ from framework.models.joint import JointModel
 from framework.recipe.model_sections import ModelSection
 
 DIRECTIONS = ((1, 0), (0, 1), (-1, 0), (0, -1))
-CANVAS, FRAMES, BATCH = 16, 4, 32
+CANVAS, FRAMES, BATCH = 16, 5, 32
 INPUTS = {"clips": InputSpec("video", FRAMES, CANVAS, len(DIRECTIONS))}
 SIZE = {"width": 64, "depth": 2, "heads": 4}
 VIVIT = {**SIZE, "tubelet": [1, 8, 8]}
@@ -59,11 +59,13 @@ class Clips:
         self.clips = torch.from_numpy(np.stack([self._draw(digits, DIRECTIONS[n]) for n in self.labels]))
 
     def _draw(self, digits: np.ndarray, direction: tuple[int, int]) -> np.ndarray:
-        speed = int(self.random.integers(3, 6))
-        place = (int(self.random.integers(CANVAS)), int(self.random.integers(CANVAS)))
+        """From one side of the canvas to the other, somewhere across."""
+        room = CANVAS // 2  # a digit fills the other half
+        across = int(self.random.integers(room + 1))
+        place = tuple({1: 0, -1: room, 0: across}[way] for way in direction)
         pixels = digits[self.random.integers(len(digits))].tobytes()
-        step = (direction[0] * speed, direction[1] * speed)
-        return MotionClip(pixels, CANVAS, FRAMES, place, step).draw()
+        step = (direction[0] * room // (FRAMES - 1), direction[1] * room // (FRAMES - 1))
+        return MotionClip(pixels, CANVAS, FRAMES, (place[0], place[1]), step).draw()
 
     def batch(self, size: int) -> tuple[Tensor, Tensor]:
         """uint8 (size, 3, frames, side, side), and the directions."""
