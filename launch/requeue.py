@@ -36,14 +36,20 @@ class Decision:
     status: Status
 
 
-def cause_of_stop(job: Job, now: float, signal_seconds: float) -> Cause:
+def cause_of_stop(job: Job, restart: int, now: float, signal_seconds: float) -> Cause:
     """Why a job that was told to stop has to, by what the controller says at that moment.
 
     Seen on Slurm 22.05: at a preemption the job is RUNNING with a PreemptTime; after `scancel` it is
-    COMPLETING without one; before its time limit it is RUNNING, and its end is near.
+    COMPLETING without one; after the loss of a node or `scontrol requeue` it is COMPLETING too, but its
+    restarts are counted already; before its time limit it is RUNNING, and its end is near.
+
+    Args:
+        restart: the job's restarts when this attempt began.
     """
     if job.preempted is not None:
         return "preempted"
+    if job.restarts > restart:
+        return "lost"
     if job.state not in ("RUNNING", "SUSPENDED", "STOPPED"):
         return "cancelled" if job.state in ("CANCELLED", "COMPLETING") else "signal"
     if job.ends is not None and job.ends - now <= signal_seconds + EARLY_SECONDS:

@@ -167,8 +167,8 @@ def _executor(submission: Submission) -> Any:
         use_srun=False,
         additional_parameters={**more, **submission.sbatch},
         setup=[
-            "# Slurm's SIGTERM reaches this shell too; the supervisor below still has to write down why",
-            "trap : TERM",
+            "# Slurm's signals reach this shell too; the supervisor below still has to write down why",
+            "trap : TERM USR2",
             f"export PYTHONPATH={shlex.quote(str(run / 'code'))}${{PYTHONPATH:+:$PYTHONPATH}}",
             *submission.setup,
         ],

@@ -66,7 +66,9 @@ def _goes_on(run: Path, job_id: str, number: int) -> bool:
     if not history or history[-1].cause is not None:
         return False
     try:
-        cause: Cause | None = cause_of_stop(slurm.show_job(job_id), time.time(), submission.signal_seconds)
+        cause: Cause | None = cause_of_stop(
+            slurm.show_job(job_id), history[-1].restart, time.time(), submission.signal_seconds
+        )
         if cause == "signal" and number == signal.SIGTERM:  # not Slurm: a person, or `launch ctl RUN stop`
             cause = "stopped"
     except SchedulerError as error:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -118,6 +119,8 @@ class SlurmHost:
         self._told_to_end = False
         # bash passes nothing on, but Slurm signals every process of the batch script
         signal.signal(signal.SIGTERM, self._ask_why)
+        # that one is for the ranks; submitit's handler would requeue at once
+        signal.signal(signal.SIGUSR2, lambda *_: None)
 
     def run_ranks(self) -> int:
         """Start the ranks through srun and wait for them."""
@@ -140,7 +143,7 @@ class SlurmHost:
         except SchedulerError as error:
             log.warning("why the job stops is not known: %s", error)
             return None
-        cause = cause_of_stop(job, time.time(), self._submission.signal_seconds)
+        cause = cause_of_stop(job, self.restart, time.time(), self._submission.signal_seconds)
         return None if cause == "signal" else cause
 
     def start_again(self) -> bool:
@@ -149,7 +152,8 @@ class SlurmHost:
         Slurm takes a while to see that a node is gone, and would start the job on it once more.
         """
         avoided = sorted({*silent_nodes(self.nodes), *excluded_nodes(self._run)})
-        slurm.requeue(self.job_id)
+        if slurm.show_job(self.job_id).restarts == self.restart:  # else Slurm has done it itself
+            slurm.requeue(self.job_id)
         if avoided:
             log.warning("the job will avoid %s", ", ".join(avoided))
             self._avoid(avoided)
@@ -192,7 +196,7 @@ class SlurmHost:
 def step_command(run: Path, submission: Submission) -> list[str]:
     """The srun that starts all ranks, and ends all when one leaves with an error."""
     command = [
-        "srun",
+        shutil.which("srun") or "srun",  # the site may give the ranks another PATH
         "--kill-on-bad-exit=1",
         "--wait=60",
         f"--nodes={submission.nodes}",

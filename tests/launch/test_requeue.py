@@ -47,18 +47,19 @@ def test_what_scontrol_says() -> None:
     ("changes", "left", "cause"),
     [
         ({"preempted": 1.0}, 3000, "preempted"),
-        ({"preempted": 1.0, "state": "COMPLETING"}, 3000, "preempted"),  # the grace time is over
+        ({"preempted": 1.0, "state": "COMPLETING", "restarts": 3}, 3000, "preempted"),  # grace is over
+        ({"state": "COMPLETING", "restarts": 3}, 3000, "lost"),
         ({"state": "COMPLETING"}, 3000, "cancelled"),
         ({"state": "CANCELLED"}, 3000, "cancelled"),
         ({}, 100, "time limit"),
         ({}, 3000, "signal"),
-        ({"state": "PENDING"}, 3000, "signal"),  # somebody has requeued it
+        ({"state": "PENDING", "restarts": 3}, 3000, "lost"),  # somebody has requeued it
     ],
 )
 def test_why_a_job_has_to_stop(changes: dict[str, object], left: float, cause: str) -> None:
     found = job(**changes)
     assert found.ends is not None
-    assert cause_of_stop(found, found.ends - left, signal_seconds=60) == cause
+    assert cause_of_stop(found, 2, found.ends - left, signal_seconds=60) == cause
 
 
 def history(*ends: tuple[str, int], job_id: str = "1") -> list[Attempt]:

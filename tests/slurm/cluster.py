@@ -320,8 +320,8 @@ def _succeeds(command: Sequence[str], environment: dict[str, str] | None = None)
 def _free_ports(count: int) -> list[int]:
     """Ports that nobody listens on, below those that the kernel gives to outgoing connections."""
     ports: list[int] = []
-    start = 20_000 + os.getpid() % 10_000
-    for port in range(start, start + 2_000):
+    start = 20_000 + os.getpid() * 16 % 12_000  # far from those of a run that began with us
+    for port in range(start, 32_700):
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             with contextlib.suppress(OSError):

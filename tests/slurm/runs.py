@@ -95,11 +95,14 @@ class SlurmRun:
         entries = self.folder / "journal.jsonl"
 
         def reached() -> bool:
-            return any(
+            ended = self.job.has_ended  # asked first: it may reach the step and end between the two
+            found = any(
                 entry["step"] >= step and entry.get("attempt", 0) >= attempt
                 for entry in _entries(entries)
                 if "train/loss" in entry["metrics"]
             )
+            assert found or not ended, "the job has ended"
+            return found
 
         self.wait(reached, f"step {step} of attempt {attempt} was not reached")
 
