@@ -19,7 +19,7 @@ install:
 	@$(PYTHON) launch/bootstrap.py
 
 install-dev:
-	@$(PYTHON) launch/bootstrap.py dev simplejpeg torchcodec hf onnx
+	@$(PYTHON) launch/bootstrap.py dev s3 simplejpeg torchcodec hf onnx
 
 demo: install
 	@$(BIN)/python -m launch.demo

@@ -13,7 +13,7 @@ from typing import Annotated, List, Optional  # noqa: UP035 - evaluated by typer
 import typer
 
 from data_tools import cli_check, cli_run, cli_shard
-from data_tools.cli_options import AsJson, Folder, Seed, Workers, print_json
+from data_tools.cli_options import AsJson, Seed, Workers, print_json
 
 __all__ = ["app"]
 
@@ -64,15 +64,57 @@ def synth(
 
 
 @app.command("inspect")
-def inspect_command(folder: Folder, as_json: AsJson = False) -> None:
-    """Show what is in a folder of shards: counts, classes, sizes, durations, rates."""
+def inspect_command(
+    what: Annotated[
+        str, typer.Argument(metavar="DIR|URL|RECIPE", help="Folder of shards; with --step a recipe.")
+    ],
+    overrides: Annotated[
+        Optional[List[str]],  # noqa: UP006, UP045
+        typer.Argument(metavar="KEY=VALUE", help="With --step: values that replace the recipe's."),
+    ] = None,
+    page: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--html", help="Write a page with contact sheets and histograms."),
+    ] = None,
+    step: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=0, max=10**12, help="Write the pictures of the batch that this step sees."),
+    ] = None,
+    out: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--out", help="With --step: a .png or .html file, by default step-N.png."),
+    ] = None,
+    world: Annotated[int, typer.Option("--world", min=1, help="With --step: number of ranks.")] = 1,
+    rank: Annotated[int, typer.Option("--rank", min=0, help="With --step: which rank's share.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Show what is in a folder of shards (counts, classes, sizes, durations, rates), or what a step sees."""
+    if step is not None:
+        from data_tools.stepping import write_step
+        from framework.recipe import load_recipe
+
+        target = out or page or Path(f"step-{step}.png")
+        resolved = load_recipe(what, overrides or []).recipe
+        count = write_step(resolved, step, target, world=world, rank=rank)
+        content = {"file": str(target), "step": step, "world": world, "rank": rank, "samples": count}
+        if as_json:
+            print_json(content)
+        else:
+            typer.echo(f"{target}: {count} samples of step {step}, rank {rank} of {world}")
+        return
     from data_tools.inspecting import inspect_shards, inspection_text
 
-    summary = inspect_shards(folder)
+    summary = inspect_shards(what)
     if as_json:
         print_json(summary)
     else:
         typer.echo(inspection_text(summary))
+    if page is not None:
+        from data_tools.page import write_page
+
+        write_page(what, page)
+        if not as_json:
+            typer.echo(f"\n{page}: contact sheets and histograms")
 
 
 @app.command()
@@ -85,9 +127,23 @@ def plan(
     step: Annotated[int, typer.Option("--step", min=0, max=10**12, help="Global step.")] = 0,
     world: Annotated[int, typer.Option("--world", min=1, help="Number of ranks.")] = 1,
     rank: Annotated[int, typer.Option("--rank", min=0, help="Which rank's share.")] = 0,
+    summary: Annotated[
+        bool, typer.Option("--summary", help="Epochs, cores, cache, traffic and GPU-hours instead.")
+    ] = False,
+    nodes: Annotated[int, typer.Option(min=1, help="With --summary.")] = 1,
+    gpus_per_node: Annotated[int, typer.Option(min=1, help="With --summary.")] = 8,
+    hardware: Annotated[
+        str, typer.Option(metavar="GPU|FILE", help="With --summary: as for `tubeworks describe`.")
+    ] = "h100",
+    measure: Annotated[
+        int, typer.Option(min=0, help="With --summary: samples of each source to decode; 0: estimate.")
+    ] = 8,
     as_json: AsJson = False,
 ) -> None:
-    """List the samples that one rank gets in one step of a recipe."""
+    """List the samples that one rank gets in one step of a recipe, or sum up what the run's data ask for."""
+    if summary:
+        _summarize(recipe, overrides or [], hardware, (nodes, gpus_per_node), measure, as_json)
+        return
     from framework.data.listing import listing
     from framework.recipe import load_recipe
 
@@ -101,3 +157,29 @@ def plan(
             typer.echo(f"micro-batch {micro}, {name}:")
             for row in rows:
                 typer.echo(f"  epoch {row['epoch']}  {row['key']}")
+
+
+def _summarize(
+    recipe: str,
+    overrides: list[str],
+    hardware: str,
+    around: tuple[int, int],
+    measured: int,
+    as_json: bool,
+) -> None:
+    from framework.forecast.data import summarize_plan, summary_text
+    from framework.forecast.hardware import find_hardware
+    from framework.recipe import load_recipe
+
+    nodes, gpus = around
+    content = summarize_plan(
+        load_recipe(recipe, overrides).recipe,
+        find_hardware(hardware),
+        nodes=nodes,
+        gpus_per_node=gpus,
+        measured=measured,
+    )
+    if as_json:
+        print_json(content)
+    else:
+        typer.echo(summary_text(content))
