@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from framework.data.augment import random_box, resize, view_boxes
-from framework.data.clips import random_clip, uniform_clips
+from framework.data.clips import random_clip, still_of, uniform_clips
 from framework.data.color import color_jitter
 from framework.data.image import decode_image
 from framework.data.manifest import SampleInfo
@@ -71,6 +71,8 @@ class SampleReader:
         frames = [0]
         if source.clip is not None:
             frames = random_clip(source.clip, info.frames, info.fps, Draws(seed, "clip"))
+        elif source.still is not None:
+            frames = [still_of(source.still, info.frames, Draws(seed, "clip"))]
         box = random_box(Draws(seed, "crop"), info.height, info.width, source.augment, source.size)
         pixels = self._views(info, [_View(frames, box)])[0]
         with self._timed("augment"):
@@ -94,7 +96,8 @@ class SampleReader:
         clip = self._opened.source.clip
         if clip is None:
             boxes = view_boxes(info.height, info.width, 1)
-            return self._views(info, [_View([0], boxes[0])])
+            frame = info.frames // 2 if self._opened.source.still else 0
+            return self._views(info, [_View([frame], boxes[0])])
         clips = uniform_clips(clip, info.frames, info.fps, temporal)
         if shuffle_seed is not None:
             order = Draws(shuffle_seed, "shuffle").permutation(clip.frames)

@@ -95,9 +95,9 @@ def _plan_source(opened: OpenSource, count: int) -> PlanSource:
 def _open_source(name: str, source: Source, folder: str, split: Split, cache: Cache) -> OpenSource:
     manifest = Manifest.open(folder, cache)
     manifest.check_table()
-    dataset = manifest.find(source.dataset, name, source.kind)
+    dataset = manifest.find(source.dataset, name, source.media)
     opened = OpenSource(
-        name, source, manifest, dataset, manifest.selection(source.dataset, name, source.kind)
+        name, source, manifest, dataset, manifest.selection(source.dataset, name, source.media)
     )
     _check_classes(opened)
     if split == "validation":
@@ -166,7 +166,7 @@ def _check_same_classes(opened: OpenSource, training: str, cache: Cache) -> None
     place = place_of(training)
     if isinstance(place, Path) and not (place / MANIFEST_NAME).exists():
         return
-    trained = Manifest.open(place, cache).find(opened.source.dataset, opened.name, opened.source.kind)
+    trained = Manifest.open(place, cache).find(opened.source.dataset, opened.name, opened.source.media)
     lists = zip(trained.class_lists, opened.dataset.class_lists, strict=False)
     for head, (before, after) in enumerate(lists):
         of_head = f" of {opened.dataset.heads[head].name}" if opened.dataset.heads else ""

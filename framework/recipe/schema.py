@@ -17,6 +17,7 @@ from framework.data.limits import DECODE_SECONDS, READ_SECONDS
 from framework.recipe.augment_sections import ColorJitter, ScaleJitter
 from framework.recipe.cache_section import Cache, ShardFolder
 from framework.recipe.checkpoint_section import Best, Checkpoint, check_best
+from framework.recipe.clip_section import Clip
 from framework.recipe.guard_sections import Guards
 from framework.recipe.init_sections import ImageInit
 from framework.recipe.model_sections import (
@@ -81,23 +82,6 @@ __all__ = [
 ]
 
 
-class Clip(Section):
-    """How frames are taken from a video: every `stride`-th decoded frame, or `fps` frames a second."""
-
-    frames: Positive
-    stride: Positive | None = None
-    fps: Annotated[float, Field(gt=0)] | None = None
-
-    @model_validator(mode="after")
-    def _one_of_stride_and_fps(self) -> Clip:
-        if (self.stride is None) == (self.fps is None):
-            raise ValueError(
-                "say exactly one of `stride` (in decoded frames) and `fps` (in frames a second); "
-                "`null` unsets one that a base says"
-            )
-        return self
-
-
 class RandAugment(Section):
     """RandAugment, the same operations on every frame of a clip (TubeViT Table 10: 2, magnitude 10)."""
 
@@ -140,6 +124,8 @@ class Source(Labelled):
     size: Annotated[int, Field(gt=0, le=100_000)] = 224
     """Height and width of the crop in pixels."""
     clip: Clip | None = None
+    still: Literal["random", "center"] | None = None
+    """An image source may take a frame of each video of a video data set: a random one, or the middle."""
     augment: Augment = Augment()
     label_smoothing: Fraction = 0.0
     mixup: Annotated[float, Field(ge=0)] = 0.0
@@ -152,7 +138,14 @@ class Source(Labelled):
             raise ValueError("a video source needs `clip: {frames: …, stride: … or fps: …}`")
         if self.kind == "image" and self.clip is not None:
             raise ValueError("an image source has no `clip`")
+        if self.kind == "video" and self.still is not None:
+            raise BrokenRule("makes images of videos: `kind` must be image", "still")
         return self
+
+    @property
+    def media(self) -> Literal["video", "image"]:
+        """What its data set holds."""
+        return "video" if self.still else self.kind
 
     @property
     def frames(self) -> int:

@@ -362,3 +362,24 @@ def test_evaluation_stops_at_a_corrupt_sample(workers: int, damaged: Path, make_
     opened = open_sources(make_recipe(damaged))["moves"]
     with pytest.raises(CorruptSample, match="moves/006"):
         list(evaluation_batches(opened, World(), temporal_views=1, spatial_views=1, batch=4, workers=workers))
+
+
+def test_stills_of_videos_are_an_image_source(
+    shards: Path, media: list, make_recipe: Callable, helpers: Any
+) -> None:
+    plain = {"crop_area": (1.0, 1.0), "crop_ratio": (64 / 48, 64 / 48), "flip": 0.0, "randaugment": None}
+    stills = {"dataset": "moves", "classes": 3, "augment": plain, "still": "center"}
+    recipe = make_recipe(shards, mixture={"stills": 10}, image=stills)
+    group = batches_of(recipe, World(), stop=1)[0].groups["stills"]
+    clips = [helpers.decode_all(medium.data)[0] for medium in media if medium.kind == "video"]
+    assert sorted(group.index.tolist()) == list(range(10))
+    for pixels, index in zip(group.pixels, group.index.tolist(), strict=True):
+        frame = torch.from_numpy(clips[index][10:11]).permute(0, 3, 1, 2)
+        small = torch.nn.functional.interpolate(frame, size=(32, 32), mode="bilinear", antialias=True)
+        assert torch.equal(pixels, small.transpose(0, 1))
+    opened = open_sources(recipe)["stills"]
+    (batch,) = evaluation_batches(opened, World(), temporal_views=4, spatial_views=3, batch=10, workers=0)
+    assert tuple(batch.pixels.shape) == (10, 1, 3, 1, 32, 32)
+    random = make_recipe(shards, mixture={"stills": 10}, image={**stills, "still": "random"})
+    changed = batches_of(random, World(), stop=1)[0].groups["stills"].pixels
+    assert not torch.equal(changed, group.pixels)

@@ -1,0 +1,44 @@
+"""The section of a recipe that says which frames of a video make a clip."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from framework.recipe.sections import BrokenRule, Positive, Section
+
+__all__ = ["Clip", "Sampling"]
+
+Sampling = Literal["dense", "uniform", "random", "center"]
+
+
+class Clip(Section):
+    """How frames are taken from a video: every `stride`-th decoded frame, or `fps` frames a second."""
+
+    frames: Positive
+    stride: Positive | None = None
+    fps: Annotated[float, Field(gt=0)] | None = None
+    sampling: Sampling = "dense"
+    """`dense`: frames in steps of `stride` or `fps` from a random place on (SlowFast, arXiv 1812.03982);
+    `center`: the same from the middle, always; `uniform`: one frame of each of `frames` equal parts of the
+    video,
+    at random inside its part (TSN, arXiv 1608.00859); `random`: any frames of the video, in order."""
+
+    @model_validator(mode="after")
+    def _one_of_stride_and_fps(self) -> Clip:
+        if self.spans_video:
+            if self.stride is not None or self.fps is not None:
+                text = f"{self.sampling} takes frames of the whole video: leave out `stride` and `fps`"
+                raise BrokenRule(text, "sampling")
+        elif (self.stride is None) == (self.fps is None):
+            raise ValueError(
+                "say exactly one of `stride` (in decoded frames) and `fps` (in frames a second); "
+                "`null` unsets one that a base says"
+            )
+        return self
+
+    @property
+    def spans_video(self) -> bool:
+        """Whether the frames come from the whole video, whatever its length."""
+        return self.sampling in ("uniform", "random")
