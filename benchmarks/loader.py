@@ -43,7 +43,7 @@ from framework.data.video import VideoRequest, decode_video
 from framework.recipe.schema import Augment, Clip, Recipe
 from framework.world import World
 
-SOURCES, COUNT, RATE, SIZE = 4, 300, 30, (1280, 720)
+COUNT, RATE, SIZE = 300, 30, (1280, 720)
 CLIP = Clip(frames=32, stride=2)
 AUGMENT = Augment()
 PRESETS = ("archive", "balanced", "fast")
@@ -252,6 +252,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--clips", type=int, default=16)
+    parser.add_argument("--films", type=int, default=4, help="Different 720p sources.")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(
         "--many", type=int, default=10_000, help="Small clips in one process, for its memory."
@@ -261,7 +262,7 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        make_shards(folder / "large", [film(seed, SIZE, COUNT) for seed in range(SOURCES)], PRESETS)
+        make_shards(folder / "large", [film(seed, SIZE, COUNT) for seed in range(arguments.films)], PRESETS)
         result: dict[str, Any] = {
             "command": " ".join(["python -m benchmarks.loader", *sys.argv[1:]]),
             "machine": describe_machine(),
@@ -274,6 +275,7 @@ def main() -> None:
             **compare(folder / "large", arguments.clips, arguments.rounds),
             "others": others(),
         }
+        print(json.dumps(result, indent=1), flush=True)
         if arguments.many:
             make_shards(folder / "small", [film(seed, (128, 96), 72) for seed in range(64)], ["fast"])
             looks = memory_of(lambda: product(folder / "small" / "fast"), arguments.many, 10)
