@@ -51,6 +51,8 @@ def cause_of_stop(job: Job, restart: int, now: float, signal_seconds: float) -> 
     if job.restarts > restart:
         return "lost"
     if job.state not in ("RUNNING", "SUSPENDED", "STOPPED"):
+        if job.limit and job.started and job.ends and job.ends - job.started >= job.limit - 2:
+            return "time limit"  # nobody left in time: Slurm has begun to kill
         return "cancelled" if job.state in ("CANCELLED", "COMPLETING") else "signal"
     if job.ends is not None and job.ends - now <= signal_seconds + EARLY_SECONDS:
         return "time limit"

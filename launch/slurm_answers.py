@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-__all__ = ["ENDED", "Estimate", "Job", "PastJob", "parse_job", "parse_keys", "parse_time"]
+__all__ = ["ENDED", "Estimate", "Job", "PastJob", "parse_job", "parse_keys", "parse_limit", "parse_time"]
 
 ENDED = frozenset(
     {
@@ -51,6 +51,8 @@ class Job:
     started: float | None
     ends: float | None
     """End of a job that has ended; of another, when its time limit is over."""
+    limit: float | None
+    """Its time limit in seconds; None where it has none."""
     preempted: float | None
     """When Slurm decided to take its nodes away; None unless that is why it has to leave."""
     excluded: str
@@ -121,6 +123,7 @@ def parse_job(keys: Mapping[str, str]) -> Job:
         submitted=parse_time(said("SubmitTime")),
         started=parse_time(said("StartTime")),
         ends=parse_time(said("EndTime")),
+        limit=parse_limit(said("TimeLimit")),
         preempted=parse_time(said("PreemptTime")),
         excluded=said("ExcNodeList"),
         work_dir=said("WorkDir"),
@@ -135,3 +138,13 @@ def parse_time(text: str) -> float | None:
         return time.mktime(time.strptime(text, "%Y-%m-%dT%H:%M:%S"))
     except ValueError:
         return None
+
+
+def parse_limit(text: str) -> float | None:
+    """Seconds of Slurm's `1-02:30:00` or `30:00`; None for UNLIMITED and the like."""
+    days, _, clock = text.rpartition("-")
+    parts = clock.split(":")
+    if not all(part.isdigit() for part in parts) or len(parts) > 3 or (days and not days.isdigit()):
+        return None
+    hours, minutes, seconds = [0] * (3 - len(parts)) + [int(part) for part in parts]
+    return float(int(days or 0) * 86_400 + hours * 3_600 + minutes * 60 + seconds)

@@ -157,7 +157,10 @@ class SlurmHost:
         if avoided:
             log.warning("the job will avoid %s", ", ".join(avoided))
             self._avoid(avoided)
-        time.sleep(60)
+        # leave when told to: the job waits for this process before it can start again
+        deadline = time.monotonic() + 60
+        while not self._told_to_end and time.monotonic() < deadline:
+            time.sleep(0.1)
         return False
 
     def _avoid(self, nodes: Sequence[str], seconds: float = 5.0) -> None:

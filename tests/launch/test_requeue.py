@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from launch.requeue import cause_of_stop, decide, stopped_by_guard
-from launch.slurm_answers import Job, parse_job, parse_keys
+from launch.slurm_answers import Job, parse_job, parse_keys, parse_limit
 from launch.submission import Attempt, attempts_of, begin_attempt, end_attempt, write_stop
 
 JOB = """\
@@ -41,6 +41,9 @@ def test_what_scontrol_says() -> None:
     assert found.preempted is None
     assert found.started is not None
     assert found.ends == found.started + 3600
+    assert found.limit == 3600
+    limits = [parse_limit(text) for text in ("1-02:00:01", "30:00", "UNLIMITED", "Partition_Limit", "")]
+    assert limits == [93601.0, 1800.0, None, None, None]
 
 
 @pytest.mark.parametrize(
@@ -49,8 +52,9 @@ def test_what_scontrol_says() -> None:
         ({"preempted": 1.0}, 3000, "preempted"),
         ({"preempted": 1.0, "state": "COMPLETING", "restarts": 3}, 3000, "preempted"),  # grace is over
         ({"state": "COMPLETING", "restarts": 3}, 3000, "lost"),
-        ({"state": "COMPLETING"}, 3000, "cancelled"),
-        ({"state": "CANCELLED"}, 3000, "cancelled"),
+        ({"state": "COMPLETING", "limit": 86400.0}, 3000, "cancelled"),
+        ({"state": "CANCELLED", "limit": None}, 3000, "cancelled"),
+        ({"state": "COMPLETING"}, 0, "time limit"),  # it ran to the end of its limit
         ({}, 100, "time limit"),
         ({}, 3000, "signal"),
         ({"state": "PENDING", "restarts": 3}, 3000, "lost"),  # somebody has requeued it

@@ -195,6 +195,8 @@ class Cluster:
         """The processes on a host: those with its hostname, or of its slurmd where all share one."""
         slurmd = int((self.folder / f"slurmd.{node}.pid").read_text())
         mark = f"SLURMD_NODENAME={node}".encode()
+        if self.namespaces:  # never take this machine for the host
+            assert os.readlink(f"/proc/{slurmd}/ns/uts") != os.readlink("/proc/self/ns/uts")
         found = []
         for pid in _processes():
             try:

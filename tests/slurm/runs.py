@@ -134,14 +134,14 @@ class SlurmRun:
             resubmit(self.folder, Wishes(**wishes))
 
     def processes(self, *nodes: str) -> list[int]:
-        """The ranks on these hosts."""
-        found = []
+        """The ranks on these hosts, without what they have forked."""
+        found: dict[int, int] = {}
         for node in nodes:
             for pid in self.cluster.processes_of(node):
                 words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
                 if b"launch.task" in words and b"srun" not in words[0]:
-                    found.append(pid)
-        return found
+                    found[pid] = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+        return [pid for pid, parent in found.items() if parent not in found]
 
     def kill_rank(self, node: str) -> None:
         """What the kernel does when memory runs out."""
