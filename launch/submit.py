@@ -291,9 +291,15 @@ def with_absolute_paths(recipe: Recipe) -> Recipe:
     for source in values["data"]["sources"].values():
         for key in ("path", "validation"):
             source[key] = _absolute(source.get(key))
+    init = values.get("init") or {}
     for key in ("weights", "tubes", "encoder"):
-        if values.get("init") and values["init"].get(key):
-            values["init"][key] = _absolute(values["init"][key])
+        if init.get(key):
+            init[key] = _absolute(init[key])
+    if init.get("image"):
+        init["image"]["run"] = _absolute(init["image"]["run"])
+    uri = values["tracking"]["uri"] or ""
+    if uri.startswith("sqlite:///") and not uri.startswith("sqlite:////"):
+        values["tracking"]["uri"] = f"sqlite:///{os.path.abspath(uri.removeprefix('sqlite:///'))}"
     return Recipe.model_validate(values)
 
 
