@@ -172,7 +172,7 @@ def append_record(run: Path, record: Record) -> None:
     Only rank 0 of the training that holds the run may call it.
 
     Errors:
-        DataError: the file cannot be written.
+        DataError: the file cannot be written, or is damaged before its end: nothing is cut off then.
     """
     path = ledger_path(run)
     content = {"version": VERSION, "time": time.time(), **record.header}
@@ -183,6 +183,8 @@ def append_record(run: Path, record: Record) -> None:
     try:
         with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+b") as file:
             end = _end_of_records(file.fileno())
+            if _is_followed(file.fileno(), end):
+                raise _damaged(path, end)
             file.truncate(end)
             file.seek(end)
             file.write(frame + header + columns)
@@ -208,6 +210,28 @@ def _end_of_records(descriptor: int) -> int:
     return offset
 
 
+def _is_followed(descriptor: int, end: int) -> bool:
+    """Whether a whole record lies behind `end`: then the file was damaged there, and not torn by a kill."""
+    tail = os.pread(descriptor, os.fstat(descriptor).st_size - end, end)
+    place = tail.find(MAGIC, 1)
+    while place >= 0:
+        first = place + _FRAME.size
+        if first <= len(tail):
+            _, header, columns, checksum = _FRAME.unpack(tail[place:first])
+            body = tail[first : first + header + columns]
+            if header and len(body) == header + columns and zlib.crc32(body) == checksum:
+                return True
+        place = tail.find(MAGIC, place + 1)
+    return False
+
+
+def _damaged(path: Path, offset: int) -> DataError:
+    return DataError(
+        f"{path}: the record at byte {offset} is damaged: what was fed from there on cannot be proven; "
+        "restore the file"
+    )
+
+
 def read_ledger(run: Path) -> Iterator[Record]:
     """The records in the order in which they were written; a torn last one is left out.
 
@@ -221,13 +245,12 @@ def read_ledger(run: Path) -> Iterator[Record]:
             while len(frame := file.read(_FRAME.size)) == _FRAME.size:
                 magic, header, columns, checksum = _FRAME.unpack(frame)
                 if magic == MAGIC and offset + _FRAME.size + header + columns > size:
+                    if _is_followed(file.fileno(), offset):
+                        raise _damaged(path, offset)
                     return
                 data = file.read(header + columns)
                 if magic != MAGIC or zlib.crc32(data) != checksum:
-                    raise DataError(
-                        f"{path}: the record at byte {offset} is damaged: what was fed from there on cannot "
-                        "be proven; restore the file"
-                    )
+                    raise _damaged(path, offset)
                 offset = file.tell()
                 yield _record(path, data, header)
     except FileNotFoundError:

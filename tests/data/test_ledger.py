@@ -266,6 +266,15 @@ def test_damage_is_an_error_and_a_torn_end_is_not(quiet_run: tuple[Case, Path]) 
         ledger_path(run).write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
         with pytest.raises(DataError, match="is damaged"):
             list(read_ledger(run))
+    for place in (1, 6):  # of the magic, and of a length that leads behind the end
+        damaged = bytearray(whole)
+        damaged[place] ^= 0x7F
+        ledger_path(run).write_bytes(damaged)
+        with pytest.raises(DataError, match="record at byte 0 is damaged"):
+            list(read_ledger(run))
+        with pytest.raises(DataError, match="record at byte 0 is damaged"):
+            append_record(run, start_record(0, 2, 1, "p", {}))
+        assert ledger_path(run).read_bytes() == damaged
     ledger_path(run).unlink()
     with pytest.raises(DataError, match="kept no ledger"):
         list(read_ledger(run))
