@@ -103,7 +103,7 @@ def _something(path: Path) -> dict[str, str | None]:
 def _kaggle(path: Path) -> Iterator[tuple[str, str | None]]:
     with path.open(newline="", encoding="utf-8-sig") as file:
         for row in csv.DictReader(file):
-            yield row["ImageId"], row["PredictionString"].split()[0]
+            yield row["ImageId"], next(iter((row["PredictionString"] or "").split()), None)
 
 
 def coverage_of(manifest: Manifest, dataset: DatasetInfo, official: Mapping[str, str | None]) -> Coverage:

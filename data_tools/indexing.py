@@ -31,6 +31,7 @@ from framework.files import hash_file, replace_text
 __all__ = ["IndexOptions", "index_shards"]
 
 _WORK = ".tubeworks-index"
+_DIGITS = 7  # of a label that is the number of a class
 _SUFFIXES = {"image": IMAGE_SUFFIXES, "video": VIDEO_SUFFIXES}
 
 
@@ -228,7 +229,7 @@ def _label(task: _Task, sample: _Sample) -> str | list[str] | None:
         return text
     try:
         value = json.loads(text)[task.label.removeprefix("json:")]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise Unusable(f"its json has no such field ({error!r})") from error
     if isinstance(value, list):
         return [str(part) for part in value]
@@ -283,7 +284,7 @@ def _named(label: Any, classes: Sequence[str]) -> Any:
     """A label with numbers replaced by the names of the classes, where those are given."""
     if isinstance(label, list):
         return [_named(part, classes) for part in label]
-    if label is None or label in classes or not label.isdigit() or int(label) >= len(classes):
+    if label is None or label in classes or not label.isdecimal() or int(label) >= len(classes):
         return label
     return classes[int(label)]
 
@@ -297,12 +298,18 @@ def _names(label: str | list[str] | None) -> list[str]:
 def _classes(folder: Path, given: tuple[str, ...], labels: Iterable[Any]) -> tuple[str, ...]:
     """The classes of all labels; numbers stand for themselves, or for one of `given`."""
     present = {name for label in labels for name in _names(label)}
-    numeric = bool(present) and all(name.isdigit() for name in present)
+    numeric = bool(present) and all(name.isdecimal() for name in present)
     if given and not present.difference(given):
         return given
     if given:
         wrong = ", ".join(sorted(present.difference(given))[:10])
         raise DataError(f"{folder}: labels that are not in the list of classes: {wrong}")
     if numeric:
-        return tuple(str(number) for number in range(max(map(int, present)) + 1))
+        largest = max(present, key=lambda name: (len(name.lstrip("0")), name.lstrip("0")))
+        if len(largest.lstrip("0")) > _DIGITS:
+            raise DataError(
+                f"{folder}: the label {largest[:40]} is no number of a class; name the classes with"
+                " --classes, or another --label-from"
+            )
+        return tuple(str(number) for number in range(int(largest) + 1))
     return tuple(sorted(present))

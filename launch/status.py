@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -15,6 +16,8 @@ from launch import slurm
 from launch.submission import Attempt, attempts_of, newest_step, read_submission
 
 __all__ = ["RunStatus", "runs_of_user", "show_list", "show_status", "status_of"]
+
+log = logging.getLogger(__name__)
 
 JOURNAL_TAIL = 1 << 16
 
@@ -91,6 +94,8 @@ def status_of(run: Path) -> RunStatus:
 def runs_of_user(folders: Sequence[Path]) -> list[RunStatus]:
     """Runs whose jobs are in the queue, and those that lie in `folders`; the latest submitted first.
 
+    One whose folder is damaged is left out with a warning.
+
     Errors:
         SchedulerError: the controller does not answer.
     """
@@ -102,7 +107,15 @@ def runs_of_user(folders: Sequence[Path]) -> list[RunStatus]:
         places = [Path(job.work_dir).parent for job in jobs if job.work_dir.endswith("/code")]
         found |= {place for place in places if (place / "launch" / "submission.json").is_file()}
     order = sorted(found, key=lambda run: (run / "launch" / "submission.json").stat().st_mtime, reverse=True)
-    return [status_of(run) for run in order]
+    statuses = []
+    for run in order:
+        try:
+            statuses.append(status_of(run))
+        except SchedulerError:
+            raise
+        except TubeworksError as error:  # one damaged folder must not hide the others
+            log.warning("left out: %s", error)
+    return statuses
 
 
 def show_status(status: RunStatus) -> str:

@@ -6,6 +6,7 @@ The official CSV has a column `actions` of the form `c092 11.90 21.20;c147 0.00 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,9 +69,10 @@ def charades_rows(annotations: Path, classes: int) -> Mapping[str, tuple[Action,
 
 def _action(text: str) -> Action:
     code, start, end = text.split()
-    if not code.startswith("c"):
-        raise ValueError(code)
-    return Action(int(code[1:]), float(start), float(end))
+    action = Action(int(code[1:]), float(start), float(end))
+    if not code.startswith("c") or not math.isfinite(action.start) or not math.isfinite(action.end):
+        raise ValueError(text)
+    return action
 
 
 def _listed(

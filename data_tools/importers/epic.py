@@ -10,6 +10,7 @@ a clip of two seconds does not cost reading a video of half an hour.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from data_tools.importers.classes import read_classes
@@ -72,6 +73,8 @@ def _seconds(where: str, text: str) -> float:
     """`00:01:02.50` as seconds."""
     try:
         hours, minutes, seconds = text.split(":")
+        if not math.isfinite(float(seconds)):
+            raise ValueError(seconds)
         return int(hours) * 3600 + int(minutes) * 60 + float(seconds)
     except ValueError:
         raise DataError(f"{where}: times are written as 00:01:02.50, not {text!r}") from None

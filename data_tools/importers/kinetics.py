@@ -80,7 +80,7 @@ def _rows_of_json(annotations: Path) -> Iterator[Row]:
             start, end = about["annotations"]["segment"]
             label = about["annotations"].get("label")
             yield Row(_stem(identifier, float(start), float(end)), label or None, about.get("subset"))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise DataError(
                 f"{annotations}: clip {identifier!r} has no segment [start, end] ({error!r})"
             ) from error
@@ -88,15 +88,15 @@ def _rows_of_json(annotations: Path) -> Iterator[Row]:
 
 def _row(annotations: Path, line: int, row: Mapping[str, Any]) -> Row:
     try:
-        start, end = float(row["time_start"]), float(row["time_end"])
-    except ValueError:
+        stem = _stem(row["youtube_id"], float(row["time_start"]), float(row["time_end"]))
+    except (ValueError, OverflowError):  # the latter for an infinite one
         raise DataError(
             f"{annotations}:{line}: time_start and time_end must be seconds, not"
             f" {row['time_start']!r} and {row['time_end']!r}"
         ) from None
     if not row["youtube_id"]:
         raise DataError(f"{annotations}:{line}: the youtube_id is empty")
-    return Row(_stem(row["youtube_id"], start, end), row.get("label") or None, row.get("split") or None)
+    return Row(stem, row.get("label") or None, row.get("split") or None)
 
 
 def _stem(identifier: str, start: float, end: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -102,6 +103,8 @@ def read_table(table: Path, columns: Sequence[str]) -> list[dict[str, str]]:
     if absent := [column for column in columns if column not in content.column_names]:
         there = ", ".join(content.column_names)
         raise DataError(f"{table}: no column {', '.join(absent)}; there is {there}")
+    if doubled := [column for column in columns if content.column_names.count(column) > 1]:
+        raise DataError(f"{table}: several columns are called {', '.join(doubled)}: rename all but one")
     values = {column: content.column(column).to_pylist() for column in columns}
     return [
         {
@@ -193,7 +196,7 @@ class _Finder:
         if self._members is not None:
             member = self._members.get(place)
             return member and (member.reader or member.refused)
-        if ".." in place.split("/"):
+        if place.startswith("/") or ".." in place.split("/"):
             return "refused: its path leads out of the folder"
         try:
             return FileReader.of(self._root / place)
@@ -238,6 +241,6 @@ def _segment(row: Mapping[str, str], columns: TableColumns) -> tuple[tuple[float
         start, end = float(row[columns.start]), float(row[columns.end])
     except ValueError:
         return None, f"its times are no seconds: {row[columns.start]!r} to {row[columns.end]!r}"
-    if not 0 <= start < end:
-        return None, f"its segment is empty: {start:g} to {end:g} s"
+    if not 0 <= start < end < math.inf:
+        return None, f"its segment is empty or has no end: {start:g} to {end:g} s"
     return (start, end), ""

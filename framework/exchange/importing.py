@@ -113,7 +113,6 @@ def import_weights(
     model = build_model(recipe.model, inputs_of(recipe))
     account = fill(model, tensors, known, _target(recipe, source), new=new, unused=unused)
     run.mkdir(parents=True, exist_ok=True)
-    replace_text(run / "recipe.yaml", dump_yaml(recipe))
     facts = {
         "recipe": recipe_hash(recipe),
         "plan": "",
@@ -124,6 +123,8 @@ def import_weights(
     }
     state: Any = _WeightsAlone(model)
     save_checkpoint(run, 0, model, state, Peers(World(), None), facts)
+    # Last: a recipe without these weights would be a run that trains from nothing.
+    replace_text(run / "recipe.yaml", dump_yaml(recipe))
     result = Import(run, known, account)
     replace_text(run / "import.json", json.dumps(result.as_dict(), indent=1) + "\n")
     return result

@@ -83,10 +83,10 @@ class Predictor:
             device: by default a GPU where there is one.
 
         Errors:
-            TubeworksError: no run, no valid checkpoint, no such source.
+            TubeworksError: no run, no valid checkpoint, no such source, no such device.
         """
         self._run = open_finished(Path(run), weights)
-        self._device = choose_device(World()) if device is None else torch.device(device)
+        self._device = choose_device(World()) if device is None else _usable(device)
         self._model = self._run.model(self._device).requires_grad_(False)
         settings: Evaluation = self._run.recipe.evaluation
         self._views = views or (settings.temporal_views, settings.spatial_views)
@@ -130,6 +130,15 @@ class Predictor:
             found = f"several ({', '.join(fitting)}): name one with --source" if fitting else "none"
             raise ModelError(f"{path}: sources of the run that read {kind}s: {found}")
         return fitting[0], sources[fitting[0]]
+
+
+def _usable(device: str | torch.device) -> torch.device:
+    """The device, after a first use of it."""
+    try:
+        return torch.zeros(1, device=device).device
+    except (RuntimeError, AssertionError) as error:  # the latter where torch was built without CUDA
+        reason = str(error).partition("\n")[0]
+        raise ModelError(f"--device {device}: cannot be used here ({reason}); cpu always can") from error
 
 
 def _answers(logits: Tensor, source: Source, classes: Sequence[str], top: int) -> tuple[Answer, ...]:

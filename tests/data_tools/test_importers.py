@@ -274,6 +274,15 @@ def test_any_table(tubeworks: Shards, make_video: Callable[..., bytes], tmp_path
     assert told == {"mine/a": [0, 1], "mine/deep-007": [1]}
     done = tubeworks(*arguments, "--label-column", "nothing", "--out", tmp_path / "x")
     assert (done.code, "no column nothing; there is file, tags, part" in done.stderr) == (3, True)
+    if form == "csv":
+        path.write_text(f"file,from,to\n{root / 'a.mp4'},0,1\na.mp4,0,inf\ndeep/007.mp4,nan,1\n")
+        times = ("--start-column", "from", "--end-column", "to", "--preset", "fast", "--json")
+        done = tubeworks(*arguments, *times, "--kind", "video", "--out", tmp_path / "y")
+        reasons = " ".join(failure["reason"] for failure in done.json["failed"])
+        assert (done.json["written"], reasons.count("leads out of the folder")) == (0, 1)
+        assert reasons.count("is empty or has no end") == 2
+        path.write_text("file,file\na.mp4,a.mp4\n")
+        assert "several columns are called file" in tubeworks(*arguments, "--out", tmp_path / "z").stderr
 
 
 def test_a_table_cuts_segments_and_gives_heads(tubeworks: Shards, tmp_path: Path) -> None:
@@ -326,6 +335,7 @@ def test_a_member_that_is_twice_in_an_archive_is_said_and_counts_once(
         ("ssv2", '[{"label": "x"}]', "entry 0 has no id"),
         ("moments", "a.mp4,b\n", "not a list of Moments in Time"),
         ("kinetics", "[]", "not a Kinetics list"),
+        ("kinetics", '{"x": {"annotations": {"segment": [0, Infinity]}}}', "has no segment"),
     ],
 )
 def test_lists_of_another_kind(

@@ -104,6 +104,10 @@ def test_numbers_as_labels_and_video(
     manifest = Manifest.open(folder)
     assert manifest.datasets[0].classes == ("0", "1", "2")
     assert [(s.label, s.frames) for s in map(manifest.sample, range(2))] == [(0, 4), (2, 5)]
+    foreign(folder / "b.tar", {"v/9": {"mp4": make_video(4), "cls": b"99999999999"}})
+    wrong = tubeworks(*common)
+    assert (wrong.code, "no number of a class" in wrong.stderr) == (3, True)
+    (folder / "b.tar").unlink()
     names = tmp_path / "names.txt"
     names.write_text("run\nswim\nfly\n")
     assert tubeworks(*common, "--classes", names).code == 0

@@ -196,6 +196,9 @@ def test_files_that_cannot_be_classified_say_why(tmp_path: Path) -> None:
         predictor(picture(tmp_path / "thing.png"))
     with pytest.raises(ModelError, match="no source other"):
         Predictor(run, source="other")
+    for device in ("nothing", "cuda:99"):
+        with pytest.raises(ModelError, match=f"--device {device}: cannot be used here"):
+            Predictor(run, device=device)
 
 
 def test_a_truncated_video_is_classified_by_what_is_there(tmp_path: Path) -> None:

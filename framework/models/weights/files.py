@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,21 @@ __all__ = ["read_weights"]
 
 CONTAINERS = ("state_dict", "model_state_dict", "model", "module")
 """Keys under which training scripts keep the tensors, beside other things."""
+
+DAMAGE = (
+    SafetensorError,
+    zipfile.BadZipFile,
+    zlib.error,
+    pickle.UnpicklingError,
+    ValueError,
+    OSError,
+    EOFError,
+    # files that are well-formed and of another content, such as an index without `weight_map`
+    KeyError,
+    TypeError,
+    AttributeError,
+)
+"""What a reader raises for a file that is damaged or of another kind."""
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -38,14 +54,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             return _read_safetensors(path)
         return _read_npz(path) if path.suffix == ".npz" else _read_torch(path)
-    except (
-        SafetensorError,
-        zipfile.BadZipFile,
-        pickle.UnpicklingError,
-        ValueError,
-        OSError,
-        EOFError,
-    ) as error:
+    except DAMAGE as error:
         raise ModelError(f"{path}: cannot be read as weights ({_first_line(error)})") from error
 
 
@@ -84,7 +93,7 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
     tensors = (
-        {name: value for name, value in content.items() if isinstance(value, Tensor)}
+        {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
         if isinstance(content, dict)
         else {}
     )

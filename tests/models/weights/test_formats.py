@@ -206,6 +206,22 @@ def test_damaged_and_harmful_files_are_refused(
     assert "never be printed" not in capsys.readouterr().out
 
 
+def test_files_of_another_content_are_one_line(tmp_path: Path) -> None:
+    folder = tmp_path / "index"
+    folder.mkdir()
+    for text in ("{}", "[]", '{"weight_map": 3}', '{"weight_map": {"a": 1}}'):
+        (folder / "model.safetensors.index.json").write_text(text)
+        with pytest.raises(ModelError, match="index: cannot be read as weights"):
+            read_weights(folder)
+    np.savez(tmp_path / "text.npz", name=np.array(["no number"]))
+    with pytest.raises(ModelError, match=r"text\.npz: cannot be read as weights"):
+        read_weights(tmp_path / "text.npz")
+    np.save(tmp_path / "array.npy", np.zeros(3))
+    (tmp_path / "array.npy").rename(tmp_path / "array.npz")
+    with pytest.raises(ModelError, match=r"array\.npz: cannot be read as weights"):
+        read_weights(tmp_path / "array.npz")
+
+
 def test_unknown_names_and_missing_files_are_one_line(tmp_path: Path) -> None:
     save_file({"something": torch.zeros(2)}, tmp_path / "other.safetensors")
     with pytest.raises(ModelError, match="in no format that is known"):
