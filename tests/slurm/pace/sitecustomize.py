@@ -16,7 +16,7 @@ class _Pace(importlib.abc.MetaPathFinder):
 
     wanted = {  # noqa: RUF012
         "framework.training.loop": ("finish_step", "TEST_STEP_SECONDS"),
-        "framework.training.storage": ("write_file", "TEST_FILE_SECONDS"),
+        "framework.training.storage": ("write_tensors", "TEST_FILE_SECONDS"),
     }
 
     def find_spec(self, fullname, path=None, target=None):
