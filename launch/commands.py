@@ -45,9 +45,20 @@ def submit(
     run: RunFolder = None,
     site: Site = None,
     local: Annotated[bool, typer.Option("--local", help="Train on this machine, the same way.")] = False,
+    array: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(metavar="KEY=VALUE,VALUE", help="A run for each value (of several keys: combination)."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Fix a run in its folder (recipe, code, MLflow run) and submit it to Slurm."""
+    if array:
+        if local:
+            raise typer.BadParameter("needs Slurm; leave --local away", param_hint="--array")
+        from launch.sweep import submit_sweep
+
+        _say_swept(submit_sweep(recipe, overrides or [], array, wishes, site, run), as_json)
+        return
     from launch.submit import prepare_run, submit_prepared
 
     submission = prepare_run(recipe, overrides or [], wishes, site, run, local=local)
@@ -173,6 +184,41 @@ def cancel(run: Run, as_json: AsJson = False) -> None:
     typer.echo(json.dumps({"run": str(run), "done": said}) if as_json else said)
 
 
+@app.command()
+@grouped
+def shard(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The --out of `data shard … --plan-only`.")],
+    wishes: Wishes,
+    tasks: Annotated[int, typer.Option(min=1, max=1000, help="Jobs of the array.")] = 8,
+    workers: Annotated[int, typer.Option(min=1, help="Processes of each, a core for each.")] = 4,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder OUT.")] = False,
+    site: Site = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make the shards of a plan in an array of jobs, and join them; run it again to go on.
+
+    Every job is one task on one node.
+    """
+    from launch.shard_array import submit_shards
+
+    found = submit_shards(out, tasks, workers, wishes, site, overwrite=overwrite)
+    if as_json:
+        typer.echo(json.dumps(found.as_dict()))
+        return
+    typer.echo(f"{found.shards} shards in {len(found.jobs)} jobs: {' '.join(found.jobs)}")
+    typer.echo(f"job {found.last_job} joins them to {found.out}; output: {found.logs}")
+
+
+@app.command()
+def doctor(site: Site = None, as_json: AsJson = False) -> None:
+    """Say what the settings of this cluster mean for runs, and what to change."""
+    from launch.doctor import diagnose, show_findings
+    from launch.site import load_site
+
+    found = diagnose(load_site(site))
+    typer.echo(json.dumps([one.as_dict() for one in found]) if as_json else show_findings(found))
+
+
 @app.command("ctl")
 def control(
     run: Run,
@@ -194,6 +240,15 @@ def control(
     from launch.control import control_command
 
     control_command(run, command, argument, wait, as_json)
+
+
+def _say_swept(submissions: list[Any], as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps([asdict(one) for one in submissions]))
+        return
+    for one in submissions:
+        typer.echo(f"job {one.job_id}: {one.run}")
+    typer.echo(f"watch them with `tubeworks launch list {Path(submissions[0].run).parent}`")
 
 
 def _say_submitted(submission: Any, as_json: bool) -> None:

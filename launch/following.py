@@ -78,7 +78,7 @@ def cancel_run(run: Path, seconds: float = 90.0) -> str:
     job = active_job(run)
     if job is None:
         return f"job {submission.job_id} has ended before"
-    slurm.cancel(job.job_id)
+    slurm.cancel(submission.job_id)  # of an array that waits, this element alone
     deadline = time.monotonic() + seconds
     while (now := active_job(run)) is not None:
         if time.monotonic() > deadline:

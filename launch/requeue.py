@@ -14,16 +14,25 @@ from launch.submission import Attempt
 __all__ = ["Cause", "Decision", "cause_of_stop", "decide", "stopped_by_guard"]
 
 Cause = Literal[
-    "finished", "preempted", "time limit", "signal", "stopped", "cancelled", "crashed", "lost", "refused"
+    "finished",
+    "preempted",
+    "time limit",
+    "signal",
+    "stopped",
+    "cancelled",
+    "crashed",
+    "bad node",
+    "lost",
+    "refused",
 ]
 """`refused`: the ranks said that trying again is no use. `signal`: somebody asked to save and go on;
-`stopped`: to save and stay away."""
+`stopped`: to save and stay away. `bad node`: one failed its pre-flight, and is avoided now."""
 
 EARLY_SECONDS = 90.0
 """Slurm looks at time limits every half minute, and may send its warning a minute early."""
 FINAL_CODES = (RecipeError.exit_code, TrainingStopped.exit_code)
 """Exit codes of what happens again however often it is tried."""
-NOT_COUNTED = ("preempted", "cancelled", "stopped", "finished")
+NOT_COUNTED = ("preempted", "cancelled", "stopped", "finished", "bad node")
 """Causes that are no fault of the run."""
 
 
@@ -96,8 +105,8 @@ def decide(history: Sequence[Attempt], max_requeues: int, max_crashes: int) -> D
     guard = stopped_by_guard(history, max_crashes)
     if guard is not None:
         return Decision(False, f"stopped by the crash-loop guard: {guard}", "FAILED")
-    if last.cause == "preempted":
-        return Decision(True, "preempted", "RUNNING")
+    if last.cause in ("preempted", "bad node"):  # there are only so many nodes that can be bad
+        return Decision(True, f"{last.cause}: {last.note}" if last.note else last.cause, "RUNNING")
     counted = [one for one in history if one.job_id == last.job_id and one.cause not in NOT_COUNTED]
     if len(counted) > max_requeues:
         status: Status = "FAILED" if last.cause in ("crashed", "lost") else "KILLED"

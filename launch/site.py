@@ -77,6 +77,31 @@ class Container(Section):
     """The Python inside, which has everything installed that tubeworks needs."""
 
 
+class Preflight(Section):
+    """What every node has to show before ranks start on it; a node that does not is avoided."""
+
+    enabled: bool = True
+    scratch: str | None = None
+    """Folder on the node's own disk; by default TMPDIR, or /tmp."""
+    scratch_gb: Annotated[float, Field(ge=0)] = 1.0
+    run_gb: Annotated[float, Field(ge=0)] = 1.0
+    """Free where the run folder is."""
+    read_mb: Annotated[float, Field(ge=0)] = 0.0
+    """Megabytes a second at least, from a shard."""
+    reduce_mb: Annotated[float, Field(ge=0)] = 0.0
+    """Megabytes a second at least, through an all-reduce of all nodes."""
+    clock_seconds: Annotated[float, Field(gt=0)] = 5.0
+    """How far clocks may be apart."""
+    seconds: Annotated[float, Field(gt=0)] = 120.0
+    """How long each check may take."""
+    checks: list[str] = Field(default_factory=list)
+    """Commands for bash; a node on which one fails is a bad node."""
+    valid_minutes: Annotated[float, Field(ge=0)] = 60.0
+    """A node that has passed is not checked again for so long, unless the run crashed on it."""
+    exclude_hours: Annotated[float, Field(gt=0)] = 24.0
+    """How long a bad node stays in RUN/bad_nodes.json."""
+
+
 class Site(Section):
     """Defaults of `tubeworks launch`; options of the command line come before them."""
 
@@ -102,6 +127,7 @@ class Site(Section):
     runs: str = "runs"
     """Folder of run folders, on a file system that all nodes see."""
     container: Container | None = None
+    preflight: Preflight = Field(default_factory=Preflight)
     environment: Annotated[dict[str, str], AfterValidator(_no_secrets)] = Field(default_factory=dict)
     """Variables for the ranks, such as NCCL_SOCKET_IFNAME; no secrets."""
     setup: list[str] = Field(default_factory=list)
@@ -141,7 +167,8 @@ def _explained(error: ValidationError, text: str) -> list[str]:
         key = ".".join(map(str, problem["loc"]))
         message = problem["msg"].removeprefix("Value error, ")
         if problem["type"] == "extra_forbidden":
-            known = Container.model_fields if problem["loc"][0] == "container" else Site.model_fields
+            sections = {"container": Container, "preflight": Preflight}
+            known = sections.get(str(problem["loc"][0]), Site).model_fields
             near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
             guess = f"did you mean `{near[0]}`?" if near else f"known are {', '.join(known)}"
             message = f"there is no such key; {guess}"

@@ -36,6 +36,8 @@ def take_snapshot(folder: Path) -> dict[str, str]:
         replace_text(fresh / "git.json", json.dumps({"version": __version__, **state}, indent=1) + "\n")
         if state.get("dirty") == "true":
             replace_text(fresh / "git.diff", masked(git_diff(_ROOT / "framework")))
+        if folder.is_symlink():  # to the code of a sweep, of which this run is an element
+            folder.unlink()
         shutil.rmtree(folder, ignore_errors=True)
         fresh.rename(folder)
     return state

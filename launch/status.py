@@ -14,6 +14,7 @@ from framework.errors import SchedulerError, TubeworksError
 from framework.tracking.sender import load_state
 from launch import slurm
 from launch.submission import Attempt, attempts_of, newest_step, read_submission
+from launch.submit import works_on
 
 __all__ = ["RunStatus", "runs_of_user", "show_list", "show_status", "status_of"]
 
@@ -177,7 +178,7 @@ def _job(job_id: str | None, run: str) -> slurm.Job | None:
         job = slurm.show_job(job_id)
     except (slurm.UnknownJob, slurm.SlurmMissing):
         return None
-    return job if job.work_dir == f"{run}/code" else None
+    return job if works_on(job, run) else None
 
 
 def _state_without_job(last: Attempt | None) -> str:

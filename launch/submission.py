@@ -58,6 +58,8 @@ class Submission:
     max_requeues: int = 50
     max_crashes: int = 3
     container: Mapping[str, Any] | None = None
+    preflight: Mapping[str, Any] = field(default_factory=dict)
+    """Of the site file; empty: none."""
     environment: Mapping[str, str] = field(default_factory=dict)
     setup: tuple[str, ...] = ()
     sbatch: Mapping[str, str] = field(default_factory=dict)
@@ -90,7 +92,7 @@ class Attempt:
     to_step: int | None = None
     """The newest committed checkpoint when it ended."""
     cause: str | None = None
-    """finished, preempted, time limit, signal, cancelled, crashed, lost, or refused."""
+    """finished, preempted, time limit, signal, stopped, cancelled, crashed, bad node, lost, or refused."""
     exit_code: int | None = None
     note: str = ""
     """What the supervisor decided, in words."""

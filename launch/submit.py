@@ -6,7 +6,8 @@ import logging
 import os
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,23 @@ from framework.errors import RecipeError, SchedulerError, TubeworksError
 from framework.recipe.schema import Recipe
 from framework.training.elastic import fitted
 from launch import slurm
+from launch.bad_nodes import avoided_nodes
 from launch.site import Site, load_site, minutes
 from launch.snapshot import take_snapshot
 from launch.submission import Submission, launch_folder, newest_step, read_submission, write_submission
 from launch.wishes import Wishes
 
-__all__ = ["active_job", "batch_script", "plan_submission", "prepare_run", "resubmit", "submit_prepared"]
+__all__ = [
+    "active_job",
+    "batch_script",
+    "executor_of",
+    "plan_submission",
+    "prepare_run",
+    "resubmit",
+    "slurm_errors",
+    "submit_prepared",
+    "works_on",
+]
 
 log = logging.getLogger(__name__)
 
@@ -92,6 +104,7 @@ def plan_submission(recipe: Recipe, wishes: Wishes, site: Site, folder: Path) ->
         "qos",
         "constraint",
         "exclude",
+        "preflight",
     )
     names += ("signal_seconds", "max_requeues", "max_crashes", "environment", "sbatch", "cpus_per_rank")
     return Submission(
@@ -112,29 +125,36 @@ def submit_prepared(submission: Submission) -> Submission:
     Errors:
         SchedulerError: Slurm refuses.
     """
-    from submitit.core.utils import FailedJobError, FailedSubmissionError
-
     from launch.supervisor import supervise_job
 
-    executor = _executor(submission)
-    try:
+    executor = executor_of(submission)
+    with slurm_errors():
         job = executor.submit(supervise_job, submission.run)
-    except (FailedJobError, FailedSubmissionError) as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        said = [line for line in lines if "sbatch" in line or "rror" in line] or lines
-        raise SchedulerError(f"Slurm refuses the job: {'; '.join(said[-3:])[:800]}") from error
     submission = replace(submission, job_id=str(job.job_id), submitted=time.time())
     write_submission(submission)
     return submission
 
 
+@contextmanager
+def slurm_errors() -> Iterator[None]:
+    """Turn what submitit raises into a `SchedulerError` with sbatch's own words."""
+    from submitit.core.utils import FailedJobError, FailedSubmissionError
+
+    try:
+        yield
+    except (FailedJobError, FailedSubmissionError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        said = [line for line in lines if "sbatch" in line or "rror" in line] or lines
+        raise SchedulerError(f"Slurm refuses the job: {'; '.join(said[-3:])[:800]}") from error
+
+
 def batch_script(submission: Submission) -> str:
     """The exact script that `submit_prepared` gives to sbatch."""
-    executor = _executor(submission)
+    executor = executor_of(submission)
     return executor._make_submission_file_text(executor._submitit_command_str, "")
 
 
-def _executor(submission: Submission) -> Any:
+def executor_of(submission: Submission) -> Any:
     """Submitit's executor with everything that Slurm is asked for."""
     from submitit import SlurmExecutor
 
@@ -156,7 +176,7 @@ def _executor(submission: Submission) -> Any:
         "account": submission.account,
         "qos": submission.qos,
         "constraint": submission.constraint,
-        "exclude": submission.exclude,
+        "exclude": ",".join(filter(None, [submission.exclude, *avoided_nodes(run)])) or None,
     }
     more = {"requeue": True, "chdir": str(run / "code"), "output": f"{run}/logs/slurm-%j.log"}
     executor.update_parameters(
@@ -209,7 +229,7 @@ def resubmit(run: Path, changes: Wishes, *, new_code: bool = False) -> Submissio
             f"`tubeworks launch cancel {run}`"
         )
     if job is not None:
-        slurm.cancel(job.job_id)
+        slurm.cancel(str(before.job_id))  # of an array that waits, this element alone
     if new_code:
         submission = replace(submission, git=take_snapshot(Path(submission.run) / "code"))
     return submit_prepared(submission)
@@ -228,7 +248,12 @@ def active_job(run: Path) -> slurm.Job | None:
     except (slurm.UnknownJob, slurm.SlurmMissing):
         return None
     # a new cluster, or one whose counter began again, gives the same numbers to other jobs
-    return None if job.has_ended or job.work_dir != f"{submission.run}/code" else job
+    return job if not job.has_ended and works_on(job, submission.run) else None
+
+
+def works_on(job: slurm.Job, run: str) -> bool:
+    """Whether a job is that of a run; the elements of a sweep share their code."""
+    return os.path.realpath(job.work_dir) == os.path.realpath(f"{run}/code")
 
 
 def refuse_if_active(folder: Path) -> None:

@@ -20,8 +20,8 @@ from typing import Protocol
 
 from framework.errors import SchedulerError
 from framework.training.supervision import GOES_ON
-from framework.watch.control import excluded_nodes
-from launch import slurm
+from launch import preflight, slurm
+from launch.bad_nodes import avoided_nodes
 from launch.requeue import FINAL_CODES, Cause, Decision, cause_of_stop, decide, stopped_by_guard
 from launch.submission import (
     Attempt,
@@ -123,14 +123,35 @@ class SlurmHost:
         signal.signal(signal.SIGUSR2, lambda *_: None)
 
     def run_ranks(self) -> int:
-        """Start the ranks through srun and wait for them."""
+        """Check the nodes, then start the ranks through srun and wait for them."""
         (self._run / "logs").mkdir(parents=True, exist_ok=True)
-        command = step_command(self._run, self._submission)
+        return self._check_nodes() or self._run_step(step_command(self._run, self._submission))
+
+    def _check_nodes(self) -> int:
+        """The pre-flight: 0 where the ranks can start, else the exit code of the attempt."""
+        try:
+            nodes = slurm.expand_nodes(self.nodes)
+        except SchedulerError as error:
+            log.warning("no pre-flight, for the nodes' names are not known: %s", error)
+            return 0
+        if not preflight.prepare(self._run, self._submission, nodes, os.environ):
+            return 0
+        seconds = preflight.patience(self._submission)
+        code = self._run_step(preflight_command(self._run, self._submission), seconds)
+        if self.why() in ("preempted", "cancelled"):  # nothing is known of the nodes, and nothing is lost
+            return GOES_ON
+        reasons = preflight.judge(self._run, nodes, os.environ)
+        return preflight.record(self._run, self._submission, nodes, reasons, code)
+
+    def _run_step(self, command: Sequence[str], seconds: float | None = None) -> int:
+        """Run a job step to its end, or for so long at most; its exit code."""
         log.info("%s", " ".join(command))
         process = subprocess.Popen(command, env=rank_environment(self._run, self._submission))
-        asked = False
+        asked, began = False, time.monotonic()
         while process.poll() is None:
             time.sleep(0.1)
+            if seconds is not None and time.monotonic() - began > seconds:
+                process.kill()
             if self._told_to_end and not asked:
                 asked = True
                 self._keep_why()
@@ -151,7 +172,7 @@ class SlurmHost:
 
         Slurm takes a while to see that a node is gone, and would start the job on it once more.
         """
-        avoided = sorted({*silent_nodes(self.nodes), *excluded_nodes(self._run)})
+        avoided = sorted({*silent_nodes(self.nodes), *avoided_nodes(self._run)})
         if slurm.show_job(self.job_id).restarts == self.restart:  # else Slurm has done it itself
             slurm.requeue(self.job_id)
         if avoided:
@@ -198,17 +219,31 @@ class SlurmHost:
 
 def step_command(run: Path, submission: Submission) -> list[str]:
     """The srun that starts all ranks, and ends all when one leaves with an error."""
+    ends = ["--kill-on-bad-exit=1", "--wait=60", f"--output={run}/logs/rank-%t.log"]
+    recipe = str(launch_folder(run) / "recipe.yaml")
+    program = ["launch.task", "train", recipe, "--run", str(run)]
+    return _srun(run, submission, submission.ranks_per_node, ends, program)
+
+
+def preflight_command(run: Path, submission: Submission) -> list[str]:
+    """The srun that checks every node; what one finds does not end the others."""
+    ends = ["--kill-on-bad-exit=0", "--wait=0", f"--output={run}/logs/preflight-%N.log"]
+    return _srun(run, submission, 1, ends, ["launch.preflight_node", str(run)])
+
+
+def _srun(
+    run: Path, submission: Submission, tasks: int, options: Sequence[str], program: Sequence[str]
+) -> list[str]:
+    """The srun that starts so many tasks of a Python module on every node."""
     command = [
         shutil.which("srun") or "srun",  # the site may give the ranks another PATH
-        "--kill-on-bad-exit=1",
-        "--wait=60",
         f"--nodes={submission.nodes}",
-        f"--ntasks={submission.ranks}",
-        f"--ntasks-per-node={submission.ranks_per_node}",
+        f"--ntasks={submission.nodes * tasks}",
+        f"--ntasks-per-node={tasks}",
         "--distribution=block",
-        f"--output={run}/logs/rank-%t.log",
         "--open-mode=append",
         f"--chdir={run}/code",
+        *options,
     ]
     if submission.cpus_per_rank:
         command.append(f"--cpus-per-task={submission.cpus_per_rank}")
@@ -221,19 +256,7 @@ def step_command(run: Path, submission: Submission) -> list[str]:
             f"--container-workdir={run}/code",
         ]
         python = submission.container.get("python", "python3")
-    recipe = launch_folder(run) / "recipe.yaml"
-    return [
-        *command,
-        *submission.srun,
-        python,
-        "-u",
-        "-m",
-        "launch.task",
-        "train",
-        str(recipe),
-        "--run",
-        str(run),
-    ]
+    return [*command, *submission.srun, python, "-u", "-m", *program]
 
 
 def rank_environment(run: Path, submission: Submission) -> dict[str, str]:
@@ -271,6 +294,9 @@ def _cause(run: Path, host: Host, attempt: Attempt, code: int) -> tuple[str, int
         return "finished", code, ""
     if attempts_of(run)[-1].cause == "cancelled":
         return "cancelled", code, ""
+    if code in (preflight.BAD_NODE, preflight.NOT_READY):
+        cause = "bad node" if code == preflight.BAD_NODE else "crashed"
+        return cause, code, f"pre-flight: {preflight.verdict(run)}"
     stopped, cause = read_stop(run, attempt.number)
     cause = cause or host.why()
     if code == GOES_ON or (stopped and cause is not None):

@@ -59,6 +59,7 @@ def test_what_a_run_that_never_ran_would_do(cluster: Cluster, recipe_file: Path,
     assert slurm.expand_nodes(found.estimate.nodes) == ["c1", "c2"]
     assert "#SBATCH --signal=USR2@60" in found.script.splitlines()
     assert found.pace.step is not None
+    assert found.reachable is not None
     usable = 3600 - 60 - found.pace.start
     one = found.pace.step + found.pace.stall / 10
     assert found.reachable == int(usable / one)
