@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from framework.errors import CheckpointError, SchedulerError, TubeworksError
+from framework.training.elastic import fitted
 from launch import slurm
 from launch.pace import Pace, pace_of
 from launch.partitions import Partition, choose_partition, partitions
@@ -29,7 +30,6 @@ from launch.wishes import Wishes
 
 if TYPE_CHECKING:
     from framework.recipe.schema import Recipe
-from framework.training.elastic import fitted
 
 __all__ = ["Plan", "check_time", "plan_run", "usable_seconds"]
 

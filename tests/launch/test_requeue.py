@@ -132,3 +132,15 @@ def test_attempts_survive_a_crash_of_their_supervisor(tmp_path: Path) -> None:
     assert [one.cause for one in found] == ["preempted", "lost", "crashed"]
     assert (found[2].exit_code, found[2].note, found[2].nodes) == (137, "out of memory", "c3")
     assert second.from_step == 0
+
+
+def test_bad_nodes_are_nobodys_crash() -> None:
+    """They may be as many as there are; a crash afterwards counts from one."""
+    bad = Attempt(0, "7", 0, "c1", 0.0, 0, ended=1.0, to_step=0, cause="bad node", note="c1: no scratch")
+    history = [replace(bad, number=number) for number in range(9)]
+    decision = decide(history, max_requeues=1, max_crashes=2)
+    assert decision.again
+    assert decision.reason == "bad node: c1: no scratch"
+    crashed = replace(bad, number=9, cause="crashed")
+    assert decide([*history, crashed], max_requeues=1, max_crashes=2).again
+    assert not decide([*history, crashed, crashed], max_requeues=9, max_crashes=2).again
