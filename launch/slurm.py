@@ -290,6 +290,6 @@ def _failure(command: Sequence[str], said: str) -> SchedulerError:
             f"Slurm's commands are here, but they find no cluster ({words}): run this on a login node, or "
             "set SLURM_CONF"
         )
-    if re.search(r"Invalid job id", said):
+    if re.search(r"Invalid job id|Job \S+ not found", said):  # the second: of an array's element
         return UnknownJob(f"Slurm does not know job {command[-1]} (any more): {words}")
     return SchedulerError(f"`{what}` failed: {words}")

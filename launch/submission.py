@@ -178,7 +178,9 @@ def begin_attempt(run: Path, job_id: str, restart: int, nodes: str) -> Attempt:
         end_attempt(run, open_one, cause, None, "nobody saw its end: its node was lost, or it was requeued")
     number = before[-1].number + 1 if before else 0
     attempt = Attempt(number, job_id, restart, nodes, time.time(), step)
-    _append(run, {key: value for key, value in asdict(attempt).items() if value not in (None, "")})
+    _append(
+        run, {key: value for key, value in asdict(attempt).items() if value is not None and key != "note"}
+    )
     return attempt
 
 

@@ -90,5 +90,7 @@ def test_one_element_is_cancelled_alone(cluster: Cluster, recipe_file: Path, tmp
     with patch.dict(os.environ, environment(0.0)):
         submissions = submit_sweep(str(recipe_file), overrides, array, wishes, site, tmp_path / "sweep")
     assert cancel_run(Path(submissions[1].run)) == f"job {submissions[1].job_id} is cancelled"
-    states = [slurm.show_job(str(one.job_id)).state for one in submissions]
-    assert states == ["PENDING", "CANCELLED", "PENDING"]
+    left = cluster.run("squeue", "--noheader", "--array", "--format=%i %T").split("\n")
+    assert sorted(filter(None, left)) == [f"{submissions[number].job_id} PENDING" for number in (0, 2)]
+    assert [one.cause for one in attempts_of(Path(submissions[1].run))] == ["cancelled"]
+    assert attempts_of(Path(submissions[0].run)) == []
