@@ -2,9 +2,10 @@
 
     python -m benchmarks.mlflow_outage --out benchmarks/results/mlflow_outage.json
 
-A tiny model trains against a real `mlflow server` on this machine, which is killed and started again. The times of the steps while it was up and dead stand side by side, and beside those of a training
-without MLflow. `points` counts the journal's and MLflow's when the training has left, and after `tubeworks
-sync`, which has something to do where the server was not back in time.
+A tiny model trains against a real `mlflow server` on this machine, which is killed and started again. The
+times of the steps while it was up and dead stand side by side, and beside those of a training without MLflow.
+`points` counts the journal's and MLflow's when the training has left, and after `tubeworks sync`, which has
+something to do where the server was not back in time.
 """
 
 from __future__ import annotations
