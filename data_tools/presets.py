@@ -1,7 +1,7 @@
 """How media are stored: as they came, or encoded anew so that training decodes them fast.
 
 Training decodes every sample in every epoch, so an encoding that is cheap to decode saves its own cost many
-times over (`tubeworks data bench` measures it). Figures behind the choices: `docs/data.md`.
+times over (`tubeworks data bench` measures it). Figures behind the choices: `benchmarks/results/decode.md`.
 """
 
 from __future__ import annotations

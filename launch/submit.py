@@ -14,6 +14,7 @@ from typing import Any
 
 from framework.errors import RecipeError, SchedulerError, TubeworksError
 from framework.recipe.schema import Recipe
+from framework.training.checkpoint_manifest import MANIFEST
 from framework.training.elastic import fitted
 from launch import slurm
 from launch.bad_nodes import avoided_nodes
@@ -271,18 +272,26 @@ def refuse_if_active(folder: Path) -> None:
 
 
 def check_recipe(recipe: Recipe, submission: Submission) -> None:
-    """What would otherwise fail after hours in the queue: batch and ranks, and shards that are not there.
+    """What would otherwise fail after hours in the queue: batch and ranks, runs and shards that are missing.
 
     Errors:
-        RecipeError: the ranks cannot share the batch.
+        RecipeError: the ranks cannot share the batch, or there is no such run as `init` names.
         DataError: shards that cannot be opened.
     """
     from framework.data.manifest import Manifest
     from framework.data.plan import check_shares
 
     check_shares(recipe.data.mixture, submission.ranks, recipe.train.accumulation)
+    if recipe.init is not None and not newest_step(Path(submission.run)):
+        image = recipe.init.image.run if recipe.init.image else None
+        for folder in filter(None, (recipe.init.weights, recipe.init.tubes, recipe.init.encoder, image)):
+            if not any((Path(folder) / name).is_file() for name in ("recipe.yaml", MANIFEST)):
+                raise RecipeError(f"init: {folder} is neither a run nor a checkpoint of one; train it first")
     for name in recipe.data.mixture:
-        Manifest.open(recipe.data.sources[name].path)
+        source = recipe.data.sources[name]
+        Manifest.open(source.path)
+        if source.validation is not None:
+            Manifest.open(source.validation)
 
 
 def check_folder(folder: Path, recipe: Recipe) -> None:

@@ -184,15 +184,6 @@ def prepare(
         state = TrainState(engine, recipe.train.ema_decay)
         if reader:
             state.restore(reader.read, reader.kinds, reader.manifest["optimizer_steps"])
-    keep = recipe.checkpoint
-    saver = Saver(
-        run,
-        peers,
-        keep.mode,
-        prune=lambda: prune(run, keep),
-        history=lambda: history_of(run),
-        beat=lambda: heart.beat("save"),
-    )
     return Session(
         recipe,
         run,
@@ -208,12 +199,25 @@ def prepare(
         NumbersGuard(recipe),
         engine,
         state,
-        saver,
+        saver_of(recipe, run, peers, heart),
         start,
         start,
         counted=reader.manifest.get("counters", ()) if reader else (),
         skipped=reader.manifest["skipped_steps"] if reader else 0,
         origin=origin,
+    )
+
+
+def saver_of(recipe: Recipe, run: Path, peers: Peers, heart: Heart) -> Saver:
+    """What writes the run's checkpoints, and lets go of old ones as the recipe says."""
+    keep = recipe.checkpoint
+    return Saver(
+        run,
+        peers,
+        keep.mode,
+        prune=lambda: prune(run, keep),
+        history=lambda: history_of(run),
+        beat=lambda: heart.beat("save"),
     )
 
 

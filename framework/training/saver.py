@@ -13,12 +13,10 @@ step. A failure, wherever it happens, ends the run there with its reason.
 from __future__ import annotations
 
 import logging
-import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -28,6 +26,7 @@ from framework import files
 from framework.errors import CheckpointError, TrainingStopped, TubeworksError
 from framework.training.checkpoint_manifest import FIXED, folder_of, read_manifest, write_manifest
 from framework.training.distributed import Peers
+from framework.training.flight import Flight, Task
 from framework.training.host_memory import available_memory
 from framework.training.snapshot import (
     HostCopies,
@@ -39,7 +38,7 @@ from framework.training.snapshot import (
     share_of,
 )
 from framework.training.state import TrainState
-from framework.training.storage import Abandoned, FileEntry, explain_os_error, make_folder, write_tensors
+from framework.training.storage import explain_os_error, make_folder, write_tensors
 
 __all__ = ["Mode", "Saved", "Saver", "save_checkpoint", "tidy"]
 
@@ -67,59 +66,6 @@ class Saved(NamedTuple):
     seconds: float
     """From its beginning until every rank knew that it is committed."""
     bytes: int
-
-
-@dataclass
-class _Flight:
-    """A save on its way."""
-
-    step: int
-    temporary: Path
-    final: Path
-    share: Share
-    about: dict[str, Any]
-    counters: Any
-    began: float
-    stall: float = 0.0
-    entries: list[FileEntry] = field(default_factory=list)
-    bytes: int = 0
-    committing: bool = False
-    given_up: threading.Event = field(default_factory=threading.Event)
-    pieces: int = 0
-    """How far this rank's thread is: pieces of files that it has begun."""
-
-    def abandoned(self) -> bool:
-        """Asked before each piece: whether to give up."""
-        self.pieces += 1
-        return self.given_up.is_set()
-
-
-class _Task:
-    """Work in a thread of its own, which keeps its failure until somebody asks."""
-
-    def __init__(self, work: Callable[[], None]) -> None:
-        self.failure: TubeworksError | None = None
-        self._work = work
-        self._thread = threading.Thread(target=self._run, name="checkpoint", daemon=True)
-        self._thread.start()
-
-    @property
-    def busy(self) -> bool:
-        return self._thread.is_alive()
-
-    def wait(self, seconds: float) -> None:
-        self._thread.join(seconds)
-
-    def _run(self) -> None:
-        try:
-            self._work()
-        except Abandoned:
-            return
-        except TubeworksError as error:
-            self.failure = error
-        except Exception as error:  # a defect must end the run, too, and not only this thread
-            log.exception("writing a checkpoint failed")
-            self.failure = CheckpointError(f"{type(error).__name__}: {error}")
 
 
 class Saver:
@@ -152,8 +98,8 @@ class Saver:
         # Nobody else writes to a folder of this name, so nobody has to wait until it has been emptied.
         self._token = peers.from_main(uuid.uuid4().hex[:8])
         self._copies: HostCopies | None = None
-        self._flight: _Flight | None = None
-        self._task: _Task | None = None
+        self._flight: Flight | None = None
+        self._task: Task | None = None
         self._news: list[Saved] = []
 
     def start(
@@ -199,8 +145,8 @@ class Saver:
             "shapes": {name: list(full_shape(p)) for name, p in model.named_parameters() if p.requires_grad},
         }
         temporary = final.with_name(f".saving-{final.name}-{self._token}")
-        flight = self._flight = _Flight(step, temporary, final, share, about, counters, began)
-        self._task = _Task(lambda: self._write(flight))
+        flight = self._flight = Flight(step, temporary, final, share, about, counters, began)
+        self._task = Task(lambda: self._write(flight))
         flight.stall = time.perf_counter() - began
         if not background:
             self.finish()
@@ -272,7 +218,7 @@ class Saver:
 
     # --- in the threads ----------------------------------------------------------------------------------
 
-    def _write(self, flight: _Flight) -> None:
+    def _write(self, flight: Flight) -> None:
         """Write this rank's share (every rank's thread)."""
         make_folder(flight.temporary)
         for name, tensors in flight.share.files.items():
@@ -295,7 +241,7 @@ class Saver:
 
         return look
 
-    def _publish(self, flight: _Flight, manifest: dict[str, Any]) -> None:
+    def _publish(self, flight: Flight, manifest: dict[str, Any]) -> None:
         """Make the checkpoint count, and let go of old ones (rank 0's thread)."""
         for path in self._run.glob("*.jsonl"):  # what a checkpoint counts as done must not be lost without it
             with explain_os_error(path):
@@ -315,7 +261,7 @@ class Saver:
 
     # --- in the main threads -----------------------------------------------------------------------------
 
-    def _go_on(self, flight: _Flight, busy: int, failed: int) -> None:
+    def _go_on(self, flight: Flight, busy: int, failed: int) -> None:
         """The next thing to do, which all ranks know from the same numbers."""
         if failed:
             self._raise_failure(flight)
@@ -326,7 +272,7 @@ class Saver:
             seconds = time.perf_counter() - flight.began
             self._news.append(Saved(flight.step, flight.final, flight.stall, seconds, flight.bytes))
 
-    def _commit(self, flight: _Flight) -> None:
+    def _commit(self, flight: Flight) -> None:
         """All ranks have written: put their accounts together, and let rank 0 publish the checkpoint."""
         flight.committing = True
         account = (flight.entries, flight.share.fragments, flight.counters)
@@ -341,9 +287,9 @@ class Saver:
             "fragments": [piece for _, share, _ in gathered for piece in share],
         }
         if self._peers.world.is_main:
-            self._task = _Task(lambda: self._publish(flight, manifest))
+            self._task = Task(lambda: self._publish(flight, manifest))
 
-    def _raise_failure(self, flight: _Flight) -> None:
+    def _raise_failure(self, flight: Flight) -> None:
         """A rank has failed: all stop writing, give back the space, and leave with the first reason."""
         failure = self._task.failure if self._task else None
         self._give_up(flight)
@@ -358,7 +304,7 @@ class Saver:
             f"Rank {rank}: {error}"
         )
 
-    def _give_up(self, flight: _Flight) -> None:
+    def _give_up(self, flight: Flight) -> None:
         flight.given_up.set()
         if self._task is not None:
             self._task.wait(LEAVE_SECONDS)

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from framework.errors import DataError, RecipeError
 from framework.recipe import load_recipe
-from launch.submit import with_absolute_paths
+from launch.submission import Submission
+from launch.submit import check_recipe, with_absolute_paths
 
 
 def test_every_path_of_a_recipe_is_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -22,3 +24,15 @@ def test_every_path_of_a_recipe_is_absolute(tmp_path: Path, monkeypatch: pytest.
     source = found.data.sources["k400"]
     assert (source.path, source.validation) == (str(tmp_path / "shards/train"), "s3://bucket/val")
     assert with_absolute_paths(found) == found
+
+
+def test_a_run_that_it_starts_from_must_be_there(tmp_path: Path) -> None:
+    origin, submission = tmp_path / "vit", Submission(str(tmp_path / "run"), "video")
+    changes = [f"init={{image: {{run: {origin}}}}}", f"data.sources.k400.path={tmp_path}/none"]
+    recipe = load_recipe("vivit_b_m1_k400", changes).recipe
+    with pytest.raises(RecipeError, match=f"init: {origin} is neither a run nor a checkpoint"):
+        check_recipe(recipe, submission)
+    origin.mkdir()
+    (origin / "recipe.yaml").touch()
+    with pytest.raises(DataError, match="none"):
+        check_recipe(recipe, submission)
