@@ -14,6 +14,7 @@ from framework.errors import TubeworksError
 from framework.watch.attempts import attempts_of
 from framework.watch.control import (
     Request,
+    is_count,
     read_answer,
     send_request,
     stacks_folder,
@@ -59,8 +60,8 @@ def control_command(run: Path, command: str, argument: str | None, wait: float, 
 def _argument(command: str, argument: str | None) -> str:
     if command == "profile":
         text = argument or "3"
-        if not text.isdigit() or int(text) == 0:
-            raise TubeworksError(f"profile takes a number of steps, not {text!r}")
+        if not is_count(text):
+            raise TubeworksError(f"profile takes a number of steps below a million, not {text!r}")
         return text
     if command == "exclude":
         if not argument:

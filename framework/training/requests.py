@@ -13,7 +13,7 @@ import torch
 
 from framework.errors import TubeworksError
 from framework.files import replace_text
-from framework.watch.control import COMMANDS, Mailbox, excluded_nodes
+from framework.watch.control import COMMANDS, Mailbox, excluded_nodes, is_count
 
 __all__ = ["STOPS", "Requests", "excluded_nodes"]
 
@@ -49,7 +49,7 @@ class Requests:
             self._answer(False, f"{request.command} is no command; known are {', '.join(COMMANDS)}", 0)
             return 0, 0
         self._node = request.argument
-        count = int(request.argument) if request.argument.isdigit() else 1
+        count = int(request.argument) if is_count(request.argument) else 1
         return COMMANDS.index(request.command) + 1, count
 
     def begin(self, command: str, number: int, step: int) -> int:
@@ -58,7 +58,10 @@ class Requests:
             self._profiler, self._profile_until = _start_profiler(), step + max(1, number)
         if command == "exclude" and self._mailbox is not None:
             nodes = sorted({*excluded_nodes(self._run), self._node})
-            replace_text(self._run / "excluded-nodes.json", json.dumps(nodes) + "\n")
+            try:
+                replace_text(self._run / "excluded-nodes.json", json.dumps(nodes) + "\n")
+            except OSError as error:
+                self._answer(False, f"it stops, but {self._node} is not written down: {error}", step)
         return int(STOPS.get(command, 0))
 
     def finish(self, command: str, step: int) -> None:

@@ -27,6 +27,7 @@ __all__ = [
     "Mailbox",
     "Request",
     "excluded_nodes",
+    "is_count",
     "read_answer",
     "read_request",
     "send_request",
@@ -164,9 +165,14 @@ def serve_stacks(run: Path, rank: int, answered: str, stacks: Callable[[], str])
     return request.id
 
 
+def is_count(text: str) -> bool:
+    """Whether a text is a number of steps that an exchange between ranks can carry."""
+    return text.isascii() and text.isdigit() and len(text) < 7 and int(text) > 0
+
+
 def excluded_nodes(run: Path) -> list[str]:
     """The nodes that an operator took out of a run with `launch ctl RUN exclude NODE`."""
     try:
         return [str(node) for node in json.loads((run / "excluded-nodes.json").read_text(encoding="utf-8"))]
-    except (FileNotFoundError, ValueError, TypeError):
+    except (FileNotFoundError, IsADirectoryError, ValueError, TypeError):
         return []

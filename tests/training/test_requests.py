@@ -11,9 +11,9 @@ from rank_processes import journalled, start_training, wait_for_step
 
 from framework.errors import TubeworksError
 from framework.training.checkpoint_manifest import checkpoint_folders
-from framework.training.requests import excluded_nodes
+from framework.training.requests import Requests, excluded_nodes
 from framework.watch.attempts import attempts_of
-from framework.watch.control import read_request, send_request
+from framework.watch.control import COMMANDS, read_answer, read_request, send_request
 from launch.control import control_command
 
 LONG = ("train.steps=4000", "checkpoint.every=4000", "guards.hang_seconds=20")
@@ -43,7 +43,7 @@ def test_the_life_of_an_operator(
     (table,) = (run / "profiles").glob("*.txt")
     assert "aten::" in table.read_text()
 
-    with pytest.raises(TubeworksError, match="profile takes a number of steps, not 'many'"):
+    with pytest.raises(TubeworksError, match="profile takes a number of steps below a million, not 'many'"):
         control_command(run, "profile", "many", 1, False)
     assert read_request(run) is None, "answered requests are taken away"
 
@@ -73,6 +73,25 @@ def test_one_request_at_a_time(tmp_path: Path) -> None:
     with pytest.raises(TubeworksError, match="waits for its answer: checkpoint"):
         send_request(tmp_path, "stop")
     assert read_request(tmp_path) == first
+
+
+@pytest.mark.parametrize("argument", ["9" * 30, "9" * 5000, "²", "-1", ""])
+def test_no_argument_ends_the_training(tmp_path: Path, argument: str) -> None:
+    send_request(tmp_path, "profile", argument)
+    assert Requests(tmp_path, is_main=True).ask() == (COMMANDS.index("profile") + 1, 1)
+
+
+def test_a_node_that_cannot_be_written_down_is_answered(tmp_path: Path) -> None:
+    (tmp_path / "excluded-nodes.json").mkdir()  # as little to be written as on a full disk
+    request = send_request(tmp_path, "exclude", "node7")
+    requests = Requests(tmp_path, is_main=True)
+    requests.ask()
+    assert requests.begin("exclude", 1, 5) == 12
+    requests.finish("exclude", 5)
+    answer = read_answer(tmp_path, request)
+    assert answer is not None
+    assert not answer.done
+    assert "node7 is not written down" in answer.text
 
 
 def test_nobody_answers(tmp_path: Path) -> None:
