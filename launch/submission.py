@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from framework.errors import TubeworksError
+from framework.files import append_line
 from framework.training.checkpoint_manifest import checkpoint_folders, read_manifest
 from framework.training.storage import explain_os_error, write_json
 
@@ -216,5 +217,4 @@ def _append(run: Path, entry: Mapping[str, Any]) -> None:
     path = launch_folder(run) / "attempts.jsonl"
     with explain_os_error(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
+        append_line(path, json.dumps(entry))
