@@ -174,5 +174,5 @@ def excluded_nodes(run: Path) -> list[str]:
     """The nodes that an operator took out of a run with `launch ctl RUN exclude NODE`."""
     try:
         return [str(node) for node in json.loads((run / "excluded-nodes.json").read_text(encoding="utf-8"))]
-    except (FileNotFoundError, IsADirectoryError, ValueError, TypeError):
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError, ValueError, TypeError):
         return []
