@@ -30,6 +30,8 @@ Blame = Callable[[Task, int, str], Task]
 
 _DEATHS_ON_ONE_PIECE = 2
 _DEATHS_IN_A_ROW = 20
+_NOT_BEGUN = -1
+_START_SECONDS = 900.0
 _LOG_EVERY = 30.0
 
 _logger = logging.getLogger(__name__)
@@ -65,14 +67,15 @@ def run_tasks(
     One worker works in this process, unless `isolate`; others are fresh processes, so `function`, tasks and
     results must pickle. `progress` gets the number of pieces done so far. An exception of a task ends the run
     and is raised here. A process that dies, or finishes no piece in `patience` seconds, is replaced;
-    `blame(task, piece, reason)` returns the task without the piece that did it twice.
+    `blame(task, piece, reason)` returns the task without the piece that did it twice. The start of a process
+    is no piece's fault, however long it takes on a busy machine.
 
     Errors:
         DataError: processes die again and again, and there is no piece to blame.
     """
     workers = min(workers, len(tasks))
     if workers > 1 or (isolate and workers):
-        crew = _Crew(function, deque(tasks), progress, blame, patience)
+        crew = _Crew(function, tasks, progress, blame, patience)
         try:
             yield from crew.run(workers)
         finally:
@@ -97,8 +100,10 @@ class _Worker:
     connection: Connection
     pieces: Any
     task: Any = None
-    seen: int = 0
+    number: int = 0
+    seen: int = _NOT_BEGUN
     since: float = field(default_factory=time.monotonic)
+    hung: bool = False
 
 
 class _Crew(Generic[Task, Result]):
@@ -107,7 +112,7 @@ class _Crew(Generic[Task, Result]):
     def __init__(
         self,
         function: Callable[[Task, Advance], Result],
-        tasks: deque[Task],
+        tasks: Sequence[Task],
         progress: Callable[[int], None],
         blame: Blame[Task] | None,
         patience: float,
@@ -115,7 +120,7 @@ class _Crew(Generic[Task, Result]):
         # Not fork: the parent may have threads (progress bar), and decoders do not survive a fork.
         self._context = multiprocessing.get_context("spawn")
         self._stop = self._context.Value("b", 0, lock=False)
-        self._function, self._tasks, self._progress = function, tasks, progress
+        self._function, self._tasks, self._progress = function, deque(enumerate(tasks)), progress
         self._blame, self._patience = blame, patience
         self._workers: list[_Worker] = []
         self._deaths: Counter[tuple[int, int]] = Counter()
@@ -132,8 +137,9 @@ class _Crew(Generic[Task, Result]):
                 if worker.connection in ready:
                     yield from self._receive(worker)
                 elif worker.task is not None and self._hangs(worker):
+                    worker.hung = True
                     worker.process.kill()
-            self._progress(self._done + sum(worker.seen for worker in self._workers))
+            self._progress(self._done + sum(max(0, worker.seen) for worker in self._workers))
 
     def end(self) -> None:
         """End all processes; those in the middle of a task finish their piece first, within reason."""
@@ -160,10 +166,10 @@ class _Crew(Generic[Task, Result]):
         self._give(worker)
 
     def _give(self, worker: _Worker) -> None:
-        worker.task, worker.seen, worker.pieces.value = None, 0, 0
+        worker.task, worker.seen, worker.pieces.value = None, _NOT_BEGUN, _NOT_BEGUN
         if not self._tasks:
             return
-        worker.task, worker.since = self._tasks.popleft(), time.monotonic()
+        (worker.number, worker.task), worker.since = self._tasks.popleft(), time.monotonic()
         try:
             worker.connection.send(worker.task)
         except OSError:  # it died between two tasks; reading from it will tell
@@ -185,28 +191,29 @@ class _Crew(Generic[Task, Result]):
     def _hangs(self, worker: _Worker) -> bool:
         if worker.pieces.value != worker.seen:
             worker.seen, worker.since = worker.pieces.value, time.monotonic()
-        return time.monotonic() - worker.since > self._patience
+        patience = self._patience if worker.seen != _NOT_BEGUN else max(self._patience, _START_SECONDS)
+        return time.monotonic() - worker.since > patience
 
     def _bury(self, worker: _Worker) -> None:
         """A process is dead: its task goes to a new one, if need be without the piece that ended two."""
         worker.process.join()
         self._workers.remove(worker)
-        hung = time.monotonic() - worker.since > self._patience
-        reason = f"took more than {self._patience:g} s" if hung else _ending(worker.process.exitcode)
+        reason = f"took more than {self._patience:g} s" if worker.hung else _ending(worker.process.exitcode)
         task, piece = worker.task, int(worker.pieces.value)
         self._in_a_row += 1
-        place = (id(task), piece)
-        self._deaths[place] += 1
+        place = (worker.number, piece)
+        if piece != _NOT_BEGUN:
+            self._deaths[place] += 1
         _logger.warning("a worker process ended (%s); its shard is made again", reason)
         if self._deaths[place] >= _DEATHS_ON_ONE_PIECE and self._blame is not None:
             task = self._blame(task, piece, reason)
-            self._in_a_row = 0
+            self._in_a_row, self._deaths[place] = 0, 0
         elif self._in_a_row >= _DEATHS_IN_A_ROW or self._deaths[place] > _DEATHS_ON_ONE_PIECE:
             raise DataError(
                 f"worker processes die again and again ({reason}; out of memory?); what is finished is kept:"
                 " run the same command again, with fewer --workers"
             )
-        self._tasks.appendleft(task)
+        self._tasks.appendleft((worker.number, task))
         self._hire()
 
 
@@ -237,6 +244,7 @@ def _work(connection: Connection, function: Callable[[Any, Advance], Any], piece
             task = connection.recv()
         except (EOFError, OSError):
             return
+        pieces.value = 0
         try:
             answer = (True, function(task, advance))
         except Stopped:

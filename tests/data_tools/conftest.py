@@ -93,7 +93,7 @@ def tubeworks() -> Callable[..., Output]:
 
     def run(*arguments: str | Path | int) -> Output:
         words = ["data", *map(str, arguments)]
-        if words[1] in ("shard", "synth", "verify") and "--workers" not in words:
+        if words[1] in ("shard", "synth", "verify") and not {"--workers", "merge"} & set(words):
             words += ["--workers", "1"]
         result = CliRunner().invoke(app, words)
         if result.exception and not isinstance(result.exception, SystemExit):
