@@ -94,16 +94,30 @@ def write_all(descriptor: int, content: Any) -> None:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Add a line (UTF-8) to a file with one write; a part of it, on a disk that fills up, is taken back."""
+    """Add a line (UTF-8) to a file with one write; a part of it, on a disk that fills up, is taken back.
+
+    Half a line that a power cut left at the end is ended first, so that it does not take this one along.
+    """
     content = line.encode("utf-8") + b"\n"
     descriptor = disk.extend(path)
     try:
         size = os.fstat(descriptor).st_size
+        if _is_torn(path, size):
+            content = b"\n" + content
         if disk.write(descriptor, content) != len(content):
             os.ftruncate(descriptor, size)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     finally:
         os.close(descriptor)
+
+
+def _is_torn(path: Path, size: int) -> bool:
+    """Whether a file of lines does not end with the end of one."""
+    if size == 0:
+        return False
+    with path.open("rb") as file:
+        file.seek(size - 1)
+        return file.read(1) != b"\n"
 
 
 def replace_file(path: Path, write: Callable[[BinaryIO], Any], *, rivals: bool = False) -> None:

@@ -101,7 +101,10 @@ def runs_of_user(folders: Sequence[Path]) -> list[RunStatus]:
         SchedulerError: the controller does not answer.
     """
     found = {
-        path.parent.parent.resolve() for folder in folders for path in folder.glob("*/launch/submission.json")
+        path.parent.parent.resolve()
+        for folder in folders
+        for depth in ("*", "*/*")  # the runs of a sweep lie in a folder of their own
+        for path in folder.glob(f"{depth}/launch/submission.json")
     }
     if slurm.is_available():
         jobs = slurm.jobs_of_user()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,13 +74,19 @@ def export_run(
     name = None
     if kind != "safetensors":
         name, _ = finished.source(source)
-    out.mkdir(parents=True, exist_ok=True)
-    if name is None:
-        consolidate(finished.checkpoint, out / "model.safetensors", finished.averaged)
-    else:
-        writers[kind](finished, name, out)
-    replace_text(out / "recipe.yaml", dump_yaml(finished.recipe))
-    write_card(finished, kind, name, out)
+    unfinished = out.with_name(f".{out.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    try:
+        unfinished.mkdir(parents=True)
+        if name is None:
+            consolidate(finished.checkpoint, unfinished / "model.safetensors", finished.averaged)
+        else:
+            writers[kind](finished, name, unfinished)
+        replace_text(unfinished / "recipe.yaml", dump_yaml(finished.recipe))
+        write_card(finished, kind, name, unfinished)
+        unfinished.replace(out)  # an empty folder there gives way
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
     files = tuple(sorted(path.name for path in out.iterdir()))
     return Export(out, kind, files, finished.step, "ema" if finished.averaged else "raw", name)
 

@@ -58,6 +58,7 @@ MAY_CHANGE = (
     "name",
     "description",
     "published",
+    "init",
     "data.workers",
     "data.prefetch",
     "data.on_corrupt",

@@ -125,7 +125,12 @@ def finish_entry(run: Path, entry: dict[str, Any], cause: str, end_step: int) ->
 
 
 def _read(run: Path) -> dict[str, Any]:
+    """What `run.json` says; nothing where there is none, or where it is damaged.
+
+    Errors:
+        OSError: it is there and cannot be read, which says nothing about what is in it.
+    """
     try:
         return json.loads((run / "run.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):
         return {}
