@@ -1,4 +1,4 @@
-"""What an MLflow server that is killed and started again costs a training: nothing, and no point is lost.
+"""What an MLflow server that is killed and started again costs a training: time of steps, and points.
 
     python -m benchmarks.mlflow_outage --out benchmarks/results/mlflow_outage.json
 
