@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -86,8 +87,9 @@ def _timm(shape: Shape, device: torch.device) -> Rival:
 def _video_mae(shape: Shape, device: torch.device) -> Rival:
     from transformers import VideoMAEConfig, VideoMAEForVideoClassification
 
-    config = VideoMAEConfig(
-        image_size=shape.pixels,  # type: ignore[arg-type]
+    make_config: Any = VideoMAEConfig  # its stubs do not know what all configurations take
+    config = make_config(
+        image_size=shape.pixels,
         patch_size=16,
         num_frames=2,
         tubelet_size=2,
@@ -98,7 +100,8 @@ def _video_mae(shape: Shape, device: torch.device) -> Rival:
         num_labels=CLASSES,
         attn_implementation="sdpa",
     )
-    model = VideoMAEForVideoClassification(config).to(device)
+    with device:
+        model: nn.Module = VideoMAEForVideoClassification(config)
     pixels = torch.randn(shape.batch, 2, 3, *shape.pixels, device=device)
     return Rival(model, pixels, lambda module, clips: module(clips).logits)
 
