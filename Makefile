@@ -1,11 +1,14 @@
 # Two targets do it all: `make demo` shows the framework at work, `make test` proves it.
-.PHONY: help demo test bench-gpu install install-dev system-packages lint unit clean
+.PHONY: help demo test bench-gpu install install-dev system-packages ffcv lint unit clean
 .DEFAULT_GOAL := help
 
 PYTHON ?= python3
 BIN := .venv/bin
 # what some tests need beside Python packages: a browser for the MLflow pages, FFmpeg for torchcodec, a Slurm
 SYSTEM_PACKAGES := chromium ffmpeg slurm-wlm:slurmctld munge:munged
+
+FFCV_PACKAGES := g++ pkg-config libopencv-dev:/usr/include/opencv4/opencv2/core.hpp \
+  libturbojpeg0-dev:/usr/include/turbojpeg.h
 
 help:
 	@echo "make demo     install, make a small data set, shard it, train, evaluate, print a table"
@@ -24,7 +27,7 @@ install-dev:
 demo: install
 	@$(BIN)/python -m launch.demo
 
-test: install-dev system-packages lint unit
+test: install-dev system-packages ffcv lint unit
 
 bench-gpu: install
 	$(BIN)/python -m benchmarks.train_step --out benchmarks/results/train_step_gpu.json
@@ -40,6 +43,13 @@ unit: install-dev
 
 system-packages:
 	@.ci/system-packages $(SYSTEM_PACKAGES)
+
+# apart from the other extras, because it is compiled here and may fail
+ffcv: install-dev
+	@.ci/system-packages $(FFCV_PACKAGES)
+	@$(BIN)/python -c "import ffcv.reader" 2>/dev/null \
+	|| $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[ffcv]" \
+	|| echo "ffcv: could not be built here: tests that need it skip"
 
 clean:
 	rm -rf .venv demo build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

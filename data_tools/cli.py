@@ -24,6 +24,7 @@ app.command()(cli_run.audit)
 app.command()(cli_check.verify)
 app.command()(cli_check.index)
 app.command()(cli_check.bench)
+app.command("export-ffcv")(cli_check.export_ffcv)
 
 
 @app.callback()

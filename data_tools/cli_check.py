@@ -1,4 +1,4 @@
-"""`tubeworks data verify`, `index` and `bench`: shards as they are, and what they cost."""
+"""`tubeworks data verify`, `index`, `bench` and `export-ffcv`: shards as they are, and what they cost."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from data_tools.cli_options import AsJson, Folder, Workers, print_json
 from data_tools.cli_output import Classes, Name, Split, kind_of, print_report
 from framework.errors import DataError
 
-__all__ = ["bench", "index", "verify"]
+__all__ = ["bench", "export_ffcv", "index", "verify"]
 
 
 def verify(
@@ -101,3 +101,32 @@ def bench(
         print_json(result)
     else:
         typer.echo(bench_text(result))
+
+
+def export_ffcv(
+    folder: Folder,
+    out: Annotated[Path, typer.Option("--out", help="The .beton file.")],
+    dataset: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--dataset", help="Data set of images, where there are several."),
+    ] = None,
+    mode: Annotated[str, typer.Option("--mode", help="raw keeps pixels, jpg is small.")] = "raw",
+    quality: Annotated[int, typer.Option("--quality", min=1, max=100, help="Of jpg.")] = 92,
+    workers: Workers = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that is there.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write a data set of images as an FFCV file, which a source of a recipe names as `beton`."""
+    from data_tools.export_ffcv import ExportOptions
+    from data_tools.export_ffcv import export_ffcv as export
+    from data_tools.pool import available_cores
+
+    if mode not in ("raw", "jpg"):
+        raise typer.BadParameter(f"--mode is raw or jpg, not {mode}")
+    result = export(
+        ExportOptions(folder, out, dataset, mode, quality, workers or available_cores(), overwrite)
+    )
+    if as_json:
+        print_json(result)
+    else:
+        typer.echo(f"{result['out']}: {result['samples']} images, {result['bytes'] / 1e6:.1f} MB ({mode})")

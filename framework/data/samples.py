@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from framework.data.augment import random_box, resize, view_boxes
+from framework.data.beton import BetonImages, open_beton
 from framework.data.clips import random_clip, still_of, uniform_clips
 from framework.data.color import color_jitter
 from framework.data.image import decode_image
@@ -45,6 +46,7 @@ class SampleReader:
         if shards is None:
             shards = ShardReader(opened.manifest.folder, opened.name, remote=opened.manifest.remote)
         self._shards = shards
+        self._beton = open_beton(opened)
         self.seconds: dict[str, float] = dict.fromkeys(STAGES, 0.0)
         """Where the time of the samples went."""
 
@@ -108,6 +110,8 @@ class SampleReader:
 
     def _views(self, info: SampleInfo, views: Sequence[_View]) -> Pixels:
         """Decode every frame once, and cut the views out of it: (views, frames, size, size, 3)."""
+        if self._beton is not None:
+            return self._beton_views(self._beton, info, views)
         with self._timed("read"):
             data = self._shards.read(info)
         with self._timed("verify"):
@@ -119,9 +123,20 @@ class SampleReader:
         except Undecodable as error:
             raise self._shards.corrupt(info, f"does not decode: {error}") from error
 
+    def _beton_views(self, images: BetonImages, info: SampleInfo, views: Sequence[_View]) -> Pixels:
+        try:
+            with self._timed("decode"):
+                image = images.pixels(info.index)
+            return self._cut_image(info, image, views)
+        except Undecodable as error:
+            raise self._shards.corrupt(info, f"does not decode from the FFCV file: {error}") from error
+
     def _image_views(self, info: SampleInfo, data: bytes, views: Sequence[_View]) -> Pixels:
         with self._timed("decode"):
             image = decode_image(data)
+        return self._cut_image(info, image, views)
+
+    def _cut_image(self, info: SampleInfo, image: Pixels, views: Sequence[_View]) -> Pixels:
         if image.shape[:2] != (info.height, info.width):
             raise Undecodable(
                 f"{image.shape[1]}x{image.shape[0]} pixels, the manifest says {info.width}x{info.height}"

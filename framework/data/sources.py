@@ -35,6 +35,7 @@ class OpenSource:
     manifest: Manifest
     dataset: DatasetInfo
     selection: Selection | NDArray[np.int64]
+    split: Split = "train"
 
     def __len__(self) -> int:
         return len(self.selection)
@@ -96,9 +97,8 @@ def _open_source(name: str, source: Source, folder: str, split: Split, cache: Ca
     manifest = Manifest.open(folder, cache)
     manifest.check_table()
     dataset = manifest.find(source.dataset, name, source.media)
-    opened = OpenSource(
-        name, source, manifest, dataset, manifest.selection(source.dataset, name, source.media)
-    )
+    selection = manifest.selection(source.dataset, name, source.media)
+    opened = OpenSource(name, source, manifest, dataset, selection, split)
     _check_classes(opened)
     if split == "validation":
         _check_same_classes(opened, source.path, cache)

@@ -131,6 +131,10 @@ class Source(Labelled):
     mixup: Annotated[float, Field(ge=0)] = 0.0
     """Alpha of the Beta distribution; 0 is off."""
     loss_weight: Annotated[float, Field(ge=0)] = 1.0
+    beton: Folder | None = None
+    """Images: an FFCV file of these samples (`tubeworks data export-ffcv`), read in place of the shards."""
+    validation_beton: Folder | None = None
+    """The same for the held-out shards."""
 
     @model_validator(mode="after")
     def _clip_fits_kind(self) -> Source:
@@ -140,6 +144,8 @@ class Source(Labelled):
             raise ValueError("an image source has no `clip`")
         if self.kind == "video" and self.still is not None:
             raise BrokenRule("makes images of videos: `kind` must be image", "still")
+        if self.media == "video" and (self.beton or self.validation_beton):
+            raise ValueError("FFCV files hold no video: `beton` is for sources of images")
         return self
 
     @property
