@@ -24,7 +24,7 @@ from framework.training.storage import explain_os_error
 from framework.watch.postmortem import newest_postmortem
 from framework.world import World
 
-__all__ = ["free_port", "rank_at_fault", "rank_environment", "run_ranks", "train_command"]
+__all__ = ["accusations", "free_port", "rank_at_fault", "rank_environment", "run_ranks", "train_command"]
 
 GRACE_SECONDS = 10.0
 """How long the other ranks may take to leave after one has died: they may wait for it in a collective."""
@@ -250,9 +250,17 @@ def _accuse(run: Path, codes: Sequence[int | None], began: float) -> None:
         accused = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))["accused"]
     except (OSError, ValueError, KeyError):
         accused = {}
-    for rank, reason in accused.items():
-        sys.stderr.write(f"rank {rank}: {reason}\n")
+    for line in accusations(accused):
+        sys.stderr.write(f"{line}\n")
     sys.stderr.write(f"what every rank was at: {path}\n")
+
+
+def accusations(accused: Mapping[str, str]) -> list[str]:
+    """One line for each reason, with the ranks that gave it: what all decide together is said once."""
+    ranks: dict[str, list[str]] = {}
+    for rank, reason in accused.items():
+        ranks.setdefault(reason, []).append(rank)
+    return [f"rank{'s' if len(its) > 1 else ''} {', '.join(its)}: {reason}" for reason, its in ranks.items()]
 
 
 def _explain(rank: int, code: int, codes: Sequence[int | None], log: Path) -> None:

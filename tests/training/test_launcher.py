@@ -12,6 +12,7 @@ from pathlib import Path
 from rank_processes import CPU, journalled, steps_in_journal, train_to_end
 
 from framework.training.checkpoint_manifest import checkpoint_folders, verify
+from launch.local import accusations
 
 LONG = ("train.steps=60", "checkpoint.every=10", "checkpoint.keep=1")
 
@@ -68,3 +69,8 @@ def test_a_killed_rank_and_a_signal(recipe_file: Path, tmp_path: Path) -> None:
     train_to_end(recipe_file, run, 2, *LONG)
     whole = train_to_end(recipe_file, tmp_path / "whole", 2, *LONG)
     assert journalled(run) == journalled(whole)
+
+
+def test_what_several_ranks_are_accused_of_is_said_once() -> None:
+    accused = {"0": "dead tubes", "1": "dead tubes", "2": "no room"}
+    assert accusations(accused) == ["ranks 0, 1: dead tubes", "rank 2: no room"]
