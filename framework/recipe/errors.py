@@ -269,4 +269,6 @@ def _wanted(annotation: Any) -> str:
             return "a list, each " + _wanted(arguments[0])
         return f"a list of {len(arguments)} values, each {_wanted(arguments[0])}"
     choices = get_args(bare)
+    if choices and all(_is_model(_bare(choice)) for choice in choices):
+        return "a section with a `name`, and the keys that go with it"
     return _or([str(choice) for choice in choices]) if choices else "another value"

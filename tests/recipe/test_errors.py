@@ -214,3 +214,8 @@ def test_values_that_could_only_fail_later(good: str, override: str, complaint: 
 def test_numbers_that_no_list_has(index: str) -> None:
     (found,) = complaints("demo", f"model.tubes.{index}.kernel=[1, 1, 1]")
     assert f"`{index}` is not one of its numbers from 0" in found
+
+
+def test_a_missing_model_is_asked_for_in_words(write: Write) -> None:
+    (found,) = [line for line in complaints(write(wrong="name: wrong\n")) if " model: " in line]
+    assert found.endswith("must be a section with a `name`, and the keys that go with it")
