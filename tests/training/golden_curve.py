@@ -60,6 +60,16 @@ def golden_recipe(folder: Path) -> Recipe:
     return load_recipe(str(path)).recipe
 
 
+class Alone:
+    """A model where a step expects DeepSpeed's engine."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.module = model
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self.module(*arguments)
+
+
 def curve(recipe: Recipe) -> list[float]:
     """The loss of every step."""
     torch.manual_seed(recipe.seed)
@@ -69,7 +79,7 @@ def curve(recipe: Recipe) -> list[float]:
     meters = Meters({name: source.targets for name, source in sources.items()}, device)
     losses = []
     for step in range(recipe.train.steps):
-        loss = micro_step(model, batch_of(recipe, step), sources, device, meters)
+        loss = micro_step(Alone(model), batch_of(recipe, step), sources, device, meters)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.optimizer.clip or 1e9)
         for group in optimizer.param_groups:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from golden_curve import GOLDEN, STEPS, batch_of, curve, golden_recipe
+from golden_curve import GOLDEN, STEPS, Alone, batch_of, curve, golden_recipe
 
 from framework.models.registry import build_model, inputs_of
 from framework.recipe.schema import Recipe
@@ -34,7 +34,7 @@ def one_step(recipe: Recipe, model: Any, step: int) -> tuple[float, dict[str, to
     sources = recipe.data.sources
     meters = Meters({name: source.targets for name, source in sources.items()}, torch.device("cpu"))
     model.zero_grad()
-    loss = micro_step(model, batch_of(recipe, step), sources, torch.device("cpu"), meters)
+    loss = micro_step(Alone(model), batch_of(recipe, step), sources, torch.device("cpu"), meters)
     loss.backward()
     return float(loss.detach()), {name: p.grad.float() for name, p in model.named_parameters()}
 
