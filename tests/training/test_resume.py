@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,9 @@ def test_killed_between_checkpoints_and_started_again(recipe_file: Path, tmp_pat
     run = tmp_path / "run"
     job = start_training(recipe_file, run, 2, *LONG)
     wait_for_step(job, run, 24)
+    deadline = time.monotonic() + 60
+    while not checkpoint_folders(run) and time.monotonic() < deadline:  # it is committed in the background
+        time.sleep(0.01)
     job.kill()
     assert [folder.name for folder in checkpoint_folders(run)] == ["step-00000020"]
     reached = steps_in_journal(run)

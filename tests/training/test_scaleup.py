@@ -213,7 +213,7 @@ def test_sources_of_another_kind_are_refused_in_one_line(
     ("settings", "words"),
     [
         (["init={tubes: a}"], "init.encoder: is missing"),
-        (["init={tubes: a, encoder: b, weights: c}"], "not both"),
+        (["init={tubes: a, encoder: b, weights: c}"], "only one"),
         (["init={tubes: a, encoder: b}"], "init.tubes: needs `model.scale_up`"),
         (["model.scale_up={tube_width: 64, frozen_layers: 1}"], r"scale_up=.*: needs `init: {tubes"),
     ],
