@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+from framework.training.checkpoint_manifest import checkpoint_folders, step_of
 from framework.world import World
 from launch.local import free_port, rank_environment
 
@@ -60,6 +61,7 @@ class Job:
     def __init__(self, ranks: int, logs: Path, work: Callable[..., Any], *arguments: Any) -> None:
         logs.mkdir(parents=True, exist_ok=True)
         self.logs = [logs / f"test-rank-{rank}.log" for rank in range(ranks)]
+        self.journal_before = 0  # bytes that earlier attempts have left in the run's journal
         port = free_port()
         self.processes: list[ForkServerProcess] = []
         for rank in range(ranks):
@@ -101,16 +103,11 @@ class Job:
 def start_training(recipe: Path, run: Path, ranks: int, *overrides: str) -> Job:
     """`tubeworks train` as so many ranks, as under torchrun."""
     logs = Path(tempfile.mkdtemp(prefix="logs-", dir=recipe.parent))
-    return Job(
-        ranks,
-        logs,
-        command_line,
-        "train",
-        str(recipe),
-        *overrides,
-        "--run",
-        str(run),
-    )
+    journal = run / "journal.jsonl"
+    before = journal.stat().st_size if journal.exists() else 0
+    job = Job(ranks, logs, command_line, "train", str(recipe), *overrides, "--run", str(run))
+    job.journal_before = before
+    return job
 
 
 def train_to_end(recipe: Path, run: Path, ranks: int, *overrides: str) -> Path:
@@ -121,11 +118,11 @@ def train_to_end(recipe: Path, run: Path, ranks: int, *overrides: str) -> Path:
     return run
 
 
-def steps_in_journal(run: Path) -> int:
-    """The last step that has its metrics in the journal."""
+def steps_in_journal(run: Path, after: int = 0) -> int:
+    """The last step that has its metrics in the journal, in what follows its first `after` bytes."""
     path = run / "journal.jsonl"
     last = 0
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_bytes()[after:].splitlines() if path.exists() else []:
         try:
             entry = json.loads(line)
         except ValueError:  # being written
@@ -136,10 +133,25 @@ def steps_in_journal(run: Path) -> int:
 
 
 def wait_for_step(job: Job, run: Path, step: int, seconds: float = 120) -> None:
-    """Wait until a step is in the journal of a running training."""
+    """Wait until this job, and not one before it, has a step in the journal."""
+    wait_until(job, lambda: steps_in_journal(run, job.journal_before) >= step, f"step {step}", seconds)
+
+
+def wait_for_checkpoint(job: Job, run: Path, step: int, seconds: float = 120) -> None:
+    """Wait until a checkpoint of this step or a later one is committed, which happens in the background."""
+    wait_until(
+        job,
+        lambda: any(step_of(folder) >= step for folder in checkpoint_folders(run)),
+        f"a checkpoint of step {step}",
+        seconds,
+    )
+
+
+def wait_until(job: Job, reached: Callable[[], bool], what: str, seconds: float) -> None:
+    """Wait for something that a running training is to reach."""
     deadline = time.monotonic() + seconds
-    while steps_in_journal(run) < step:
-        assert time.monotonic() < deadline, f"step {step} was not reached:\n{job.said()[-3000:]}"
+    while not reached():
+        assert time.monotonic() < deadline, f"{what} was not reached:\n{job.said()[-3000:]}"
         assert all(process.is_alive() for process in job.processes), job.said()[-3000:]
         time.sleep(0.002)
 

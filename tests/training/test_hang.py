@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rank_processes import Job, start_training, train_to_end, wait_for_step
+from rank_processes import Job, start_training, train_to_end, wait_for_checkpoint, wait_for_step
 
 from framework.watch.attempts import attempts_of, attempts_without_progress
 
@@ -119,7 +119,7 @@ def test_a_killed_rank_is_named_and_the_run_goes_on(recipe_file: Path, tmp_path:
     run = tmp_path / "run"
     settings = ("train.steps=40", "checkpoint.every=4")
     job = start_training(recipe_file, run, 2, *settings)
-    wait_for_step(job, run, 5)
+    wait_for_checkpoint(job, run, 4)
     job.send(signal.SIGKILL, ranks=[1])
     assert job.wait(30) == [6, -9]
     found = report(run)

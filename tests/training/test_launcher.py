@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from rank_processes import CPU, journalled, steps_in_journal, train_to_end
@@ -35,9 +36,9 @@ def rank_pid(launcher: int, rank: int) -> int:
     return int(pid)
 
 
-def wait_for(process: subprocess.Popen[str], run: Path, step: int) -> None:
+def wait_for(process: subprocess.Popen[str], reached: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 180
-    while steps_in_journal(run) < step:
+    while not reached():
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < deadline
         time.sleep(0.002)
@@ -46,7 +47,7 @@ def wait_for(process: subprocess.Popen[str], run: Path, step: int) -> None:
 def test_a_killed_rank_and_a_signal(recipe_file: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     first = start(recipe_file, run)
-    wait_for(first, run, 12)
+    wait_for(first, lambda: checkpoint_folders(run) != [])
     os.kill(rank_pid(first.pid, 1), signal.SIGKILL)
     _, said = first.communicate(timeout=60)
     assert first.returncode == 128 + signal.SIGKILL
@@ -54,8 +55,9 @@ def test_a_killed_rank_and_a_signal(recipe_file: Path, tmp_path: Path) -> None:
     assert "error: lost contact to another rank" in said
     assert "Traceback" not in said
 
+    before = (run / "journal.jsonl").stat().st_size
     second = start(recipe_file, run)
-    wait_for(second, run, steps_in_journal(run) + 3)
+    wait_for(second, lambda: steps_in_journal(run, before) > 0)
     second.send_signal(signal.SIGTERM)
     _, said = second.communicate(timeout=60)
     others = (run / "logs" / "rank-1.log").read_text()

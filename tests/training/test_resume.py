@@ -10,7 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from rank_processes import journalled, start_training, steps_in_journal, train_to_end, wait_for_step
+from rank_processes import (
+    journalled,
+    start_training,
+    steps_in_journal,
+    train_to_end,
+    wait_for_checkpoint,
+    wait_for_step,
+)
 
 from framework.training.checkpoint import load_weights, newest_valid
 from framework.training.checkpoint_manifest import checkpoint_folders
@@ -44,9 +51,7 @@ def test_killed_between_checkpoints_and_started_again(recipe_file: Path, tmp_pat
     run = tmp_path / "run"
     job = start_training(recipe_file, run, 2, *LONG)
     wait_for_step(job, run, 24)
-    deadline = time.monotonic() + 60
-    while not checkpoint_folders(run) and time.monotonic() < deadline:  # it is committed in the background
-        time.sleep(0.01)
+    wait_for_checkpoint(job, run, 20)
     job.kill()
     assert [folder.name for folder in checkpoint_folders(run)] == ["step-00000020"]
     reached = steps_in_journal(run)
