@@ -8,6 +8,7 @@ import hashlib
 import math
 import multiprocessing
 import os
+import random
 import signal
 import threading
 import time
@@ -105,6 +106,26 @@ def test_shards_that_no_plan_knows_go_first_and_the_longest_unused_of_them(tmp_p
     cache.next_uses = lambda: {entry_of("mine").key: math.inf}
     fill(cache, "next")
     assert held(cache, "old", "new", "mine", "next") == ["new", "mine", "next"]
+
+
+def test_many_at_once_never_grow_it_over_its_limit(tmp_path: Path) -> None:
+    """Who makes room must not overlook a shard that gets its name at that moment."""
+    names = [f"{number:02d}" for number in range(96)]
+    cache = ShardCache(tmp_path, 39_999)
+    cache.next_uses = lambda: {entry_of(name).key: float(name) for name in names}
+
+    def fetch_some(seed: int) -> None:
+        for name in random.Random(seed).choices(names, k=400):
+            fill(cache, name)
+
+    threads = [threading.Thread(target=fetch_some, args=(seed,)) for seed in range(6)]
+    for thread in threads:
+        thread.start()
+    most = 0
+    while any(thread.is_alive() for thread in threads):
+        with cache._folder_lock():
+            most = max(most, cache.used())
+    assert most == 39_000, "full, and no fuller"
 
 
 def test_a_shard_that_another_run_has_open_stays(tmp_path: Path) -> None:
