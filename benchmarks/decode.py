@@ -177,8 +177,8 @@ def report(clips: int) -> str:
         "A training sample is 32 frames with stride 2, a random crop resized to 224x224, and a flip; stages",
         "are shares of its time. The last column: with RandAugment (2 layers, magnitude 10) besides.",
         "",
-        "| encoding | kB | ms | clips/s/core | read | verify | decode | resize | collate | RandAugment: ms |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| encoding | kB | ms | clips/s/core | read | verify | decode | resize | RandAugment: ms |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     decoders = [
         "",
@@ -196,9 +196,7 @@ def report(clips: int) -> str:
             augmented = stages(folder, clips, randaugment=True)[1]
         size = statistics.mean(map(len, videos)) / 1e3
         whole = sum(parts.values())
-        cells = [
-            f"{parts[stage] / whole:.0%}" for stage in ("read", "verify", "decode", "augment", "collate")
-        ]
+        cells = [f"{parts[stage] / whole:.0%}" for stage in ("read", "verify", "decode", "augment")]
         speed = f"{size:.0f} | {total:.1f} | {1e3 / total:.0f}"
         lines.append(f"| {name} | {speed} | {' | '.join(cells)} | {augmented:.1f} |")
         row = [decode_times(videos[0], dense, clips) for dense in (True, False)]

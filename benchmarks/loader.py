@@ -1,11 +1,12 @@
 """Clips per second and core from shards: this loader, stock webdataset, and a bare decode loop as the limit.
 
-    python -m benchmarks.loader [--clips 16] [--rounds 5] [--many 10000] [--out FILE]
+    python -m benchmarks.loader [--clips 2] [--rounds 40] [--many 10000] [--out FILE]
 
 Makes its own data: 720p sources of 10 s, sharded with each preset by `tubeworks data shard`. Every contender
 makes the same thing, 32 frames with stride 2 from a random place, a random crop of 224x224, in one thread of
-one process. Contenders take turns in every round, and what counts is processor time, so that other work on
-the machine slows all of them alike. Memory is that of a fresh process, for itself alone.
+one process. Contenders take turns of a few clips, this loader and the bare loop with the same clips, and what
+counts is processor time, so that other work on the machine slows all of them alike. Memory is that of a fresh
+process, for itself alone.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import io
+import itertools
 import json
 import multiprocessing
 import os
@@ -37,7 +39,7 @@ from framework.data.clips import random_clip
 from framework.data.loader import training_batches
 from framework.data.manifest import Manifest
 from framework.data.nursery import worker_memory
-from framework.data.randomness import Draws
+from framework.data.randomness import Draws, sample_seed
 from framework.data.sources import build_plan, open_sources
 from framework.data.video import VideoRequest, decode_video
 from framework.recipe.schema import Augment, Clip, Recipe
@@ -47,6 +49,7 @@ COUNT, RATE, SIZE = 300, 30, (1280, 720)
 CLIP = Clip(frames=32, stride=2)
 AUGMENT = Augment()
 PRESETS = ("archive", "balanced", "fast")
+PLANNED = 4096
 Clips = Iterator[np.ndarray]
 
 
@@ -84,10 +87,10 @@ def make_shards(folder: Path, films: Sequence[bytes], presets: Sequence[str]) ->
         subprocess.run([*command, "--out", str(folder / preset)], check=True, stdout=subprocess.DEVNULL)
 
 
-def product(folder: Path, workers: int = 0, clips: int = 1_000_000) -> Clips:
-    """This loader: plan, checksum, decode, crop, batch."""
+def recipe_of(folder: Path, workers: int = 0, clips: int = 1_000_000) -> Recipe:
+    """One clip a step from the shards of a folder."""
     source = {"path": str(folder), "kind": "video", "classes": 1, "clip": CLIP.model_dump()}
-    recipe = Recipe.model_validate(
+    return Recipe.model_validate(
         {
             "name": "benchmark",
             "model": {"name": "tubevit_ti"},
@@ -96,6 +99,11 @@ def product(folder: Path, workers: int = 0, clips: int = 1_000_000) -> Clips:
             "train": {"steps": clips},
         }
     )
+
+
+def product(folder: Path, workers: int = 0, clips: int = 1_000_000) -> Clips:
+    """This loader: plan, checksum, decode, crop, flip, batch."""
+    recipe = recipe_of(folder, workers, clips)
     sources = open_sources(recipe)
     plan = build_plan(recipe, sources)
     batches = training_batches(recipe, sources, plan, World(), start_step=0, stop_step=clips)
@@ -134,18 +142,31 @@ def crop(frames: np.ndarray, draws: Draws) -> np.ndarray:
 
 
 def bare_loop(folder: Path) -> Clips:
-    """The limit: files in memory, this project's decoder and crop, and nothing else."""
-    manifest = Manifest.open(folder)
-    infos = [manifest.sample(index) for index in range(len(manifest))]
-    files = [films_in(folder, info) for info in infos]
-    number = 0
-    while True:
-        info, data, draws = infos[number % len(infos)], files[number % len(infos)], Draws(number, "benchmark")
-        wanted = random_clip(CLIP, info.frames, info.fps, draws)
-        box = random_box(draws, info.height, info.width, AUGMENT)
-        request = VideoRequest(wanted, info.frames, info.height, info.width, info.keyframes.tolist(), box)
-        yield np.concatenate([resize(chunk, 224) for _, chunk in decode_video(data, request)])
-        number += 1
+    """The limit: this project's decoder and crop on files in memory, and nothing else.
+
+    It makes the very clips of `product`, in its order, all decided before the first one; it flips none.
+    """
+    files, requests = planned(folder)
+    for place, request in itertools.cycle(requests):
+        yield np.concatenate([resize(chunk, 224) for _, chunk in decode_video(files[place], request)])
+
+
+def planned(folder: Path) -> tuple[list[bytes], list[tuple[int, VideoRequest]]]:
+    """All files, and what the first steps take from which."""
+    recipe = recipe_of(folder)
+    sources = open_sources(recipe)
+    plan, manifest = build_plan(recipe, sources), sources["clips"].manifest
+    infos = [manifest.sample(int(index)) for index in sources["clips"].selection]
+    requests = []
+    for step in range(PLANNED):
+        ids = plan.share(step, rank=0, world=1, micro=0, accumulation=1)["clips"]
+        place = int(ids.index[0])
+        info, seed = infos[place], sample_seed(recipe.seed, "clips", int(ids.epoch[0]), place, 0)
+        wanted = random_clip(CLIP, info.frames, info.fps, Draws(seed, "clip"))
+        box = random_box(Draws(seed, "crop"), info.height, info.width, AUGMENT)
+        keys = info.keyframes.tolist()
+        requests.append((place, VideoRequest(wanted, info.frames, info.height, info.width, keys, box)))
+    return [films_in(folder, info) for info in infos], requests
 
 
 def films_in(folder: Path, info: Any) -> bytes:
@@ -186,11 +207,12 @@ def _report_memory(pipe: Any, make: Callable[[], Clips], count: int, looks: int)
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median and range."""
+    """Median and quartiles."""
+    lower, _, upper = statistics.quantiles(values, n=4)
     return {
         "median": round(statistics.median(values), 4),
-        "min": round(min(values), 4),
-        "max": round(max(values), 4),
+        "lower_quartile": round(lower, 4),
+        "upper_quartile": round(upper, 4),
     }
 
 
@@ -251,9 +273,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--clips", type=int, default=16)
+    parser.add_argument("--clips", type=int, default=2, help="Clips of a contender in a round.")
     parser.add_argument("--films", type=int, default=4, help="Different 720p sources.")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument(
         "--many", type=int, default=10_000, help="Small clips in one process, for its memory."
     )

@@ -149,8 +149,8 @@ class ShardCache:
             raise ChecksumDiffers(
                 f"{redacted(entry.address)}: the checksum of what came is not that of the manifest"
             )
-        # Not synced to the disk: what a power failure damages is found by the samples' own checksums. Under the
-        # lock, as who lists the folder meanwhile could see neither of the two names and count too little.
+        # Not synced to the disk: what a power failure damages is found by the samples' own checksums.
+        # Locked: who lists the folder meanwhile could see neither of the two names and count too little.
         with self._folder_lock():
             os.rename(_part(path), path)
         return True

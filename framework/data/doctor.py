@@ -16,7 +16,6 @@ STAGE_ADVICE = {
     "verify": "more cores: checksums take long only where samples are far larger than what is used of them",
     "decode": "shards of preset `fast`, which decode several times faster",
     "augment": "a smaller data.sources.*.augment.randaugment, or shards with a shorter side",
-    "collate": "more cores",
     "transfer": "fewer, larger micro-batches (train.accumulation)",
 }
 """What helps besides more workers, by the stage that takes longest."""

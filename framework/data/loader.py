@@ -7,7 +7,6 @@ of workers nor their speed can change a batch.
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +17,7 @@ import torch
 from framework.data import progress
 from framework.data.labels import label_row, new_labels
 from framework.data.limits import DECODE_SECONDS, READ_SECONDS
+from framework.data.manifest import SampleInfo
 from framework.data.plan import Plan
 from framework.data.pool import Care, Failure, Items, Lost, in_order, pixel_memory
 from framework.data.prefetch import start_prefetching
@@ -223,12 +223,10 @@ class _TrainingBatches:
         pixels, labels = pixel_memory(shape), new_labels(source.targets, len(indices))
         used, views = np.array(indices, np.int64), np.zeros(len(indices), np.int64)
         for row, epoch in enumerate(epochs):
-            view, info, used[row], views[row] = self._sample(name, int(epoch), int(indices[row]), batch)
-            started = time.perf_counter()
-            pixels[row].numpy()[...] = view
+            view = pixels[row].numpy()
+            info, used[row], views[row] = self._sample(name, int(epoch), int(indices[row]), batch, view)
             labels[row] = label_row(source.targets, info)
             progress.rest()
-            self._readers[name].seconds["collate"] += time.perf_counter() - started
         seeds = sample_seeds(self.recipe.seed, name, epochs, used, views).view(np.int64)
         return Group(
             pixels.permute(0, 4, 1, 2, 3),
@@ -239,8 +237,10 @@ class _TrainingBatches:
             torch.from_numpy(seeds),
         )
 
-    def _sample(self, name: str, epoch: int, index: int, batch: Batch) -> tuple[Any, ...]:
-        """Pixels, manifest entry, index and view number of a sample, or of its substitute."""
+    def _sample(
+        self, name: str, epoch: int, index: int, batch: Batch, out: np.ndarray
+    ) -> tuple[SampleInfo, int, int]:
+        """Write a sample, or its substitute, into `out`; its manifest entry, index and view number."""
         reader, used, corrupt = self._readers[name], index, 0
         for attempt in range(_MAX_ATTEMPTS):
             place: Quarantined | CorruptSample | None = self._quarantine.holding(name, used, batch.step)
@@ -251,7 +251,8 @@ class _TrainingBatches:
                 try:
                     if reason := self._lost.get((name, used)):
                         raise reader.corrupt(info, reason)
-                    return reader.training_view(info, seed), info, used, attempt
+                    reader.training_view(info, seed, out)
+                    return info, used, attempt
                 except CorruptSample as error:
                     if self.recipe.data.on_corrupt == "stop":
                         raise
@@ -341,8 +342,8 @@ class _EvaluationBatches:
                 if reason := self._lost.get(int(index[row])):
                     raise self._reader.corrupt(info, reason)
                 seed = sample_seed(0, self._opened.name, 0, int(index[row])) if self._shuffle else None
-                pixels[row].numpy()[...] = self._reader.evaluation_views(
-                    info, self._temporal, self._spatial, shuffle_seed=seed
+                self._reader.evaluation_views(
+                    info, self._temporal, self._spatial, shuffle_seed=seed, out=pixels[row].numpy()
                 )
                 labels[row] = label_row(source.targets, info)
                 progress.rest()

@@ -18,7 +18,7 @@ __all__ = [
     "stage",
 ]
 
-STAGES = ("read", "verify", "decode", "augment", "collate")
+STAGES = ("read", "verify", "decode", "augment")
 """Stages of a sample; on the board they are 1, 2, …, and 0 is between samples."""
 
 _FIELDS = 4  # change counter, stage, source, index

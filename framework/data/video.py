@@ -143,7 +143,9 @@ def pyav_frames(data: bytes, request: VideoRequest) -> Iterator[Frames]:
 def _rgb(reformatter: VideoReformatter, frame: av.VideoFrame, request: VideoRequest, area: Box) -> Frames:
     """The request's box of a decoded frame as a view (height, width, 3) of its RGB conversion."""
     # A file may change its frame size in the middle; all frames are brought to the size of the manifest.
-    converted = reformatter.reformat(frame, width=request.width, height=request.height, format="rgb24")
+    converted = reformatter.reformat(
+        frame, width=request.width, height=request.height, format="rgb24", threads=1
+    )
     plane = converted.planes[0]
     rows = np.frombuffer(cast(Any, plane), np.uint8).reshape(-1, plane.line_size)[: request.height]
     pixels = rows[:, : request.width * 3].reshape(request.height, request.width, 3)

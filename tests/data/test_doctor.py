@@ -42,7 +42,7 @@ def test_with_the_workers_that_it_asks_for_the_waiting_ends(
 
 
 def test_the_line_names_stage_cores_and_what_else_helps() -> None:
-    stages = {"read": 0.2, "verify": 0.1, "decode": 12.0, "augment": 1.0, "collate": 0.2, "transfer": 0.1}
+    stages = {"read": 0.2, "verify": 0.1, "decode": 12.0, "augment": 1.2, "transfer": 0.1}
     verdict = diagnose(interval(1.0, stages, 3), 3, 2, 8)
     assert (verdict.bound, verdict.cores_short) == ("decode", 11)
     assert verdict.text.startswith(

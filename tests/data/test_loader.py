@@ -97,7 +97,7 @@ def test_shapes_labels_and_seeds(shards: Path, make_recipe: Callable) -> None:
     sources = open_sources(recipe)
     plan = build_plan(recipe, sources)
     for batch in training_batches(recipe, sources, plan, World(1, 2), start_step=2, stop_step=4):
-        assert set(batch.seconds) == {"read", "verify", "decode", "augment", "collate", "transfer"}
+        assert set(batch.seconds) == {"read", "verify", "decode", "augment", "transfer"}
         assert batch.events == []
         share = plan.share(batch.step, rank=1, world=2, micro=0, accumulation=1)
         for name, shape in {"moves": (2, 3, 4, 32, 32), "stills": (4, 3, 1, 48, 48)}.items():

@@ -69,10 +69,10 @@ import ctypes, os, time
 from pathlib import Path
 from framework.data import samples
 reading = samples.SampleReader.training_view
-def hanging(self, info, seed):
+def hanging(self, info, seed, out=None):
     if os.environ["RANK"] == "1" and Path(os.environ["GO"]).exists():
         {how}
-    return reading(self, info, seed)
+    return reading(self, info, seed, out)
 samples.SampleReader.training_view = hanging
 """
 
