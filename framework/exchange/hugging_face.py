@@ -75,5 +75,7 @@ def preprocessor_of(recipe: Recipe, known: Format, source: str) -> dict[str, Any
     }
     if known.family == "vit":
         return common | {"size": {"height": size, "width": size}}
+    if known.family == "vivit":
+        common["offset"] = False  # by default this processor subtracts 1 before it takes the mean away
     side = {"shortest_edge": size}
     return common | {"size": side, "do_center_crop": True, "crop_size": {"height": size, "width": size}}
