@@ -19,12 +19,12 @@ from framework.exchange.card import write_card
 from framework.exchange.hugging_face import config_of, preprocessor_of
 from framework.exchange.run import FinishedRun, Weights, open_finished
 from framework.files import replace_text
-from framework.models.registry import size_of, tubes_of
-from framework.models.scaleup import image_tube
+from framework.models.registry import size_of
 from framework.models.weights.convert import Target, to_format
 from framework.models.weights.formats import FORMATS, Format
 from framework.recipe import dump_yaml
-from framework.recipe.schema import Model, Recipe
+from framework.recipe.model_sections import family_of
+from framework.recipe.schema import Recipe, ViViT
 from framework.training.checkpoint import load_weights
 from framework.training.consolidate import consolidate
 
@@ -113,6 +113,7 @@ def _write_timm(run: FinishedRun, source: str, out: Path) -> None:
         "depth": size.depth,
         "num_heads": size.heads,
         "mlp_ratio": size.mlp_width / size.width,
+        "act_layer": "gelu" if _has_exact_gelu(run.recipe) else "gelu_tanh",
         "class_token": has_class,
         "global_pool": "token" if has_class else "avg",
         "fc_norm": False,
@@ -135,6 +136,11 @@ def _write_npz(run: FinishedRun, source: str, out: Path) -> None:
 
 def _write_torchvision(run: FinishedRun, source: str, out: Path) -> None:
     _, tensors = _converted(run, "torchvision", source)
+    if not _has_exact_gelu(run.recipe):
+        raise ModelError(
+            "torchvision's ViT has the exact GELU, and this model was trained with `model.gelu: tanh`; "
+            "`--to timm` and `--to hf` can say so"
+        )
     torch.save(tensors, out / "model.pth")
 
 
@@ -146,18 +152,17 @@ def _write_onnx(run: FinishedRun, source: str, out: Path) -> None:
 
 def _converted(run: FinishedRun, name: str, source: str) -> tuple[Format, dict[str, Tensor]]:
     """The weights in a format, without the classifiers of other sources."""
-    recipe = run.recipe
-    family = recipe.model.name.partition("_")[0]
-    known = next((one for one in FORMATS if (one.name, one.family) == (name, family)), None)
-    if known is None or (family == "vivit" and not recipe.model.name.endswith("_m1")):
-        raise ModelError(
-            f"{name} has no model like {recipe.model.name}; `--to safetensors` and `--to onnx` take all"
-        )
-    others = tuple(f"heads.{other}." for other in recipe.data.sources if other != source)
+    model = run.recipe.model
+    known = next((one for one in FORMATS if (one.name, one.family) == (name, family_of(model))), None)
+    frames = isinstance(model, ViViT) and model.embedding == "frames"
+    if known is None or frames or (isinstance(model, ViViT) and not model.name.endswith("_m1")):
+        like = f"{model.name} with `embedding: frames`" if frames else model.name
+        raise ModelError(f"{name} has no model like {like}; `--to safetensors` and `--to onnx` take all")
+    others = tuple(f"heads.{other}." for other in run.recipe.data.sources if other != source)
     state = load_weights(run.checkpoint, ema=run.averaged)
     state = {key: tensor for key, tensor in state.items() if not key.startswith(others)}
-    return known, to_format(state, known, size_of(recipe.model).heads, Target(source, _kernel(recipe)))
+    return known, to_format(state, known, size_of(model).heads, Target(source))
 
 
-def _kernel(recipe: Recipe) -> int:
-    return (image_tube(tubes_of(recipe.model)) or 0) if isinstance(recipe.model, Model) else 0
+def _has_exact_gelu(recipe: Recipe) -> bool:
+    return getattr(recipe.model, "gelu", "exact") == "exact"

@@ -131,6 +131,29 @@ def test_hugging_face_loads_the_folder(family: str, tmp_path: Path) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
 
 
+def changed(override: str, folder: Path, family: str) -> Path:
+    """A run of the file that `imported` made, by a recipe with another value."""
+    imported(family, folder)
+    return import_weights(folder / "file", str(folder / f"{family}.yaml"), (override,), folder / "new").run
+
+
+def test_the_gelu_goes_along_or_the_export_is_refused(tmp_path: Path) -> None:
+    run = changed("model.gelu=tanh", tmp_path, "vit")
+    config = json.loads((export_run(run, "timm", tmp_path / "timm").folder / "config.json").read_text())
+    assert config["model_args"]["act_layer"] == "gelu_tanh"
+    config = json.loads((export_run(run, "hf", tmp_path / "hf").folder / "config.json").read_text())
+    assert config["hidden_act"] == "gelu_fast"
+    with pytest.raises(ModelError, match="torchvision's ViT has the exact GELU"):
+        export_run(run, "torchvision", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_tubelets_of_which_one_frame_is_read_are_in_no_other_library(tmp_path: Path) -> None:
+    run = changed("model.embedding=frames", tmp_path, "vivit")
+    with pytest.raises(ModelError, match="hf has no model like vivit_ti_m1 with `embedding: frames`"):
+        export_run(run, "hf", tmp_path / "out")
+
+
 def test_safetensors_keep_everything_under_our_names(tmp_path: Path) -> None:
     run = imported("vivit", tmp_path)
     folder = export_run(run, "safetensors", tmp_path / "out").folder
