@@ -206,15 +206,16 @@ class Saver:
 
     def close(self, together: bool) -> None:
         """The run ends with an error: finish what is on its way if all ranks are here, else let go of it."""
-        if self._flight is None:
+        flight = self._flight
+        if flight is None:
             return
         if together:
             try:
                 self.finish()
                 return
             except (TubeworksError, RuntimeError) as error:  # the error that ends the run is on its way
-                log.warning("the checkpoint of step %d was not finished: %s", self._flight.step, error)
-        self._give_up(self._flight)
+                log.warning("the checkpoint of step %d was not finished: %s", flight.step, error)
+        self._give_up(flight)
 
     # --- in the threads ----------------------------------------------------------------------------------
 

@@ -155,6 +155,21 @@ def nan_case(case: Case) -> dict[str, Any]:
     return {"message": message, "name": name, "left": len(list((case.folder / "nan/checkpoints").iterdir()))}
 
 
+def closing_case(case: Case) -> dict[str, Any]:
+    """A run ends with an error of its own while a save is failing on one rank."""
+    saver = case.saver("closing", "async")
+    faulty_disk.use(faulty_disk.FailingDisk("ENOSPC", "weight-00001"))
+    case.save(saver, 1)
+    try:
+        saver.close(together=True)
+        raised = ""
+    except Exception as error:  # noqa: BLE001 - it would take the place of the error that ends the run
+        raised = repr(error)
+    faulty_disk.use(Disk())
+    case.peers.gather(None)
+    return {"raised": raised, "in_flight": saver.in_flight}
+
+
 def all_cases(recipe_file: str, folder: str) -> int:
     """Run all cases and leave the results of this rank as JSON."""
     import logging
@@ -169,6 +184,7 @@ def all_cases(recipe_file: str, folder: str) -> int:
         "slow": slow_case(case, said),
         "room": room_case(case),
         "nan": nan_case(case),
+        "closing": closing_case(case),
     }
     for fault, parts in CELLS.items():
         for number, part in enumerate(parts):

@@ -89,6 +89,16 @@ def test_numbers_that_are_not_finite_are_not_saved(results: list[dict[str, Any]]
         assert case["left"] == 0
 
 
+def test_a_save_that_fails_at_the_end_is_a_warning_beside_the_error_that_ends_the_run(
+    results: list[dict[str, Any]],
+) -> None:
+    for result in results:
+        assert result["closing"] == {"raised": "", "in_flight": False}
+    said = [text for text in results[0]["slow"]["said"] if "step 1 was not finished" in text]
+    assert len(said) == 1
+    assert "no space left" in said[0]
+
+
 # --- the other files of a run --------------------------------------------------------------------------
 
 
