@@ -84,12 +84,15 @@ def _results(run: FinishedRun) -> list[str]:
         found = _read(path)
         if found.get("step") != run.step:
             continue
-        words = f"{found.get('weights', '')}, {found.get('views', '')} views".strip(", ")
+        how = [str(found.get("weights", "")), f"{'x'.join(map(str, found.get('views', ())))} views"]
+        how += ["frames shuffled"] if found.get("shuffle_frames") else []
         for name, metrics in (found.get("sources") or {}).items():
             values = ", ".join(
-                f"{key} {value:.4g}" for key, value in metrics.items() if isinstance(value, (int, float))
+                f"{key} {value if isinstance(value, int) else f'{value:.4g}'}"
+                for key, value in metrics.items()
+                if isinstance(value, (int, float))
             )
-            lines.append(f"- {name} ({words}): {values}")
+            lines.append(f"- {name} ({', '.join(how)}): {values}")
     return lines or ["None: this checkpoint was not evaluated (`tubeworks eval RUN`)."]
 
 

@@ -17,6 +17,8 @@ from typer.testing import CliRunner
 
 from framework.data.augment import resize, view_boxes
 from framework.errors import DataError, ModelError, RecipeError, TubeworksError
+from framework.evaluation.metrics import SourceResult
+from framework.evaluation.report import EvaluationReport, write_report
 from framework.exchange.exporting import Kind, export_run
 from framework.exchange.importing import account_table, import_weights
 from framework.exchange.predict import Predictor
@@ -164,6 +166,20 @@ def test_safetensors_keep_everything_under_our_names(tmp_path: Path) -> None:
     card = (folder / "README.md").read_text()
     assert "imported from | file, Hugging Face ViViT" in card
     assert "## Results" in card
+
+
+def test_the_card_says_how_each_result_was_measured(tmp_path: Path) -> None:
+    run = imported("vivit", tmp_path)
+    result = SourceResult(19_881, 0.25, 0.5, 0.25, 0.5, 2.0, 0.25)
+    for step, shuffle in ((0, False), (0, True), (9, False)):
+        report = EvaluationReport(
+            str(run), "small", step, "raw", (4, 3), (2, 3), shuffle, 1, "float32", {"things": result}
+        )
+        write_report(run, report)
+    card = (export_run(run, "safetensors", tmp_path / "out").folder / "README.md").read_text()
+    shuffled, straight = [line for line in card.splitlines() if line.startswith("- things")]
+    assert straight.startswith("- things (raw, 4x3 views): samples 19881, top1 0.25, ")
+    assert shuffled.startswith("- things (raw, 4x3 views, frames shuffled): samples 19881, ")
 
 
 def test_onnx_computes_the_same_for_any_number_of_samples(tmp_path: Path) -> None:
