@@ -86,10 +86,10 @@ def dump_yaml(recipe: Recipe, comments: dict[str, str] | None = None) -> str:
 
 def flatten(recipe: Recipe) -> dict[str, Any]:
     """Dotted key to plain value for every leaf; lists of plain values are leaves."""
-    return dict(_leaves(recipe.model_dump(mode="json"), ()))
+    return {".".join(path): value for path, value in _leaves(recipe.model_dump(mode="json"), ())}
 
 
-def _leaves(value: Any, path: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
+def _leaves(value: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
     if isinstance(value, dict) and value:
         for key, child in value.items():
             yield from _leaves(child, (*path, key))
@@ -97,17 +97,15 @@ def _leaves(value: Any, path: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
         for number, child in enumerate(value):
             yield from _leaves(child, (*path, str(number)))
     else:
-        yield ".".join(path), value
+        yield path, value
 
 
 def _provenance(recipe: Recipe, root: Node) -> dict[str, str]:
     origins: dict[str, str] = {}
-    for key in flatten(recipe):
-        node = _at(root, key.split("."))
-        if node is None:
-            origins[key] = DEFAULT
-        else:
-            origins[key] = OVERRIDE if node.origin.line is None else str(node.origin)
+    for path, _ in _leaves(recipe.model_dump(mode="json"), ()):  # the names of results may have dots
+        node = _at(root, path)
+        written = node and (OVERRIDE if node.origin.line is None else str(node.origin))
+        origins[".".join(path)] = written or DEFAULT
     return origins
 
 

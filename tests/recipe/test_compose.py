@@ -181,6 +181,11 @@ def test_every_leaf_has_an_origin(good: str) -> None:
     assert flatten(resolved.recipe)["model.tubes.0.kernel"] == [1, 8, 8]
 
 
+def test_a_name_with_a_dot_has_its_origin(write: Write, good: str) -> None:
+    name = write(top=f'base: {good}\npublished: {{"top-1 at 1.5x": "80"}}\n')
+    assert load_recipe(name).provenance["published.top-1 at 1.5x"] == "top.yaml:2"
+
+
 def test_what_is_shown_is_a_recipe_and_names_origins(write: Write, good: str) -> None:
     resolved = load_recipe(good, ["seed=5", "model.tubes=[{kernel: [1, 8, 8], stride: [8, 8, 8]}]"])
     text = show(resolved)
