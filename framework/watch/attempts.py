@@ -20,15 +20,11 @@ from framework.tracking.lock import RunLock
 
 __all__ = [
     "attempts_of",
-    "attempts_without_progress",
     "close_attempt",
     "close_unknown",
     "forget_heartbeats",
     "newest_checkpoint",
 ]
-
-PLANNED = ("finished", "stopped by", "rollback")
-"""Causes of ends that are no crash."""
 
 
 def newest_checkpoint(run: Path) -> int | None:
@@ -44,22 +40,6 @@ def newest_checkpoint(run: Path) -> int | None:
 def attempts_of(run: Path) -> list[dict[str, Any]]:
     """The entries of a run; empty for a folder in which nothing has begun."""
     return _read(run).get("attempts", [])
-
-
-def attempts_without_progress(run: Path) -> int:
-    """How many of the last attempts, in a row, crashed without a checkpoint newer than the one they began at.
-
-    Attempts that ended as planned (finished, stopped by a signal, rolled back) end the count.
-    """
-    count = 0
-    for entry in reversed(attempts_of(run)):
-        cause = entry.get("cause")
-        if cause is None or cause.startswith(PLANNED):
-            break
-        if (entry.get("checkpoint") or 0) > entry["start_step"]:
-            break
-        count += 1
-    return count
 
 
 def close_attempt(

@@ -89,7 +89,7 @@ def send_request(run: Path, command: str, argument: str = "") -> Request:
 
 
 def read_request(run: Path) -> Request | None:
-    """The request that waits, or None; one that is not understood counts as none."""
+    """The request that waits, or None; one that cannot be read is the command `unreadable`, which none is."""
     try:
         raw = json.loads(request_path(run).read_text(encoding="utf-8"))
         return Request(str(raw["id"]), str(raw["command"]), str(raw["argument"]), float(raw["time"]))

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from rank_processes import Job, start_training, train_to_end, wait_for_checkpoint, wait_for_step
 
-from framework.watch.attempts import attempts_of, attempts_without_progress
+from framework.watch.attempts import attempts_of
 
 SECONDS = 6  # the first step may take three times as long, and the machine may be busy
 LONG = ("train.steps=4000", "checkpoint.every=4000", f"guards.hang_seconds={SECONDS}")
@@ -54,14 +54,12 @@ def test_a_stopped_rank_is_named_and_the_job_ends(recipe_file: Path, tmp_path: P
     assert last["cause"] == "hang"
     assert last["end_step"] >= 4
     assert last["checkpoint"] is None
-    assert attempts_without_progress(run) == 1
 
 
 def test_an_evaluated_run_that_ends_well_leaves_no_postmortem(trained: Path) -> None:
     assert not (trained / "postmortem").exists()
     (attempt,) = attempts_of(trained)
     assert (attempt["cause"], attempt["end_step"], attempt["checkpoint"]) == ("finished", 6, 6)
-    assert attempts_without_progress(trained) == 0
 
 
 HANGING = """
@@ -128,7 +126,6 @@ def test_a_killed_rank_is_named_and_the_run_goes_on(recipe_file: Path, tmp_path:
     first = attempts_of(run)[0]
     assert first["cause"] == "died"
     assert first["checkpoint"] >= 4
-    assert attempts_without_progress(run) == 0, "it got further than it began"
 
     train_to_end(recipe_file, run, 2, *settings)
     assert [attempt["cause"] for attempt in attempts_of(run)] == ["died", "finished"]
