@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +13,11 @@ from torch.utils.checkpoint import checkpoint
 from framework.errors import ModelError
 from framework.models.heads import build_head
 from framework.models.inputs import InputSpec
+from framework.models.layers import Block
 from framework.models.tubes import CHANNELS
+from framework.recipe.schema import Gelu
 
-__all__ = ["JointModel", "Size"]
+__all__ = ["JointModel", "Size", "encoder_blocks"]
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,13 @@ class Size:
     depth: int
     heads: int
     mlp_width: int
+
+
+def encoder_blocks(size: Size, *, dropout: float = 0.0, gelu: Gelu = "exact") -> nn.ModuleList:
+    """The plain blocks of an encoder, with random weights."""
+    return nn.ModuleList(
+        Block(size.width, size.heads, size.mlp_width, dropout, gelu) for _ in range(size.depth)
+    )
 
 
 class JointModel(nn.Module):
@@ -91,3 +100,15 @@ class JointModel(nn.Module):
             # The noise is an argument and nothing draws from a generator: there is no state to preserve.
             return checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
         return block(*arguments)
+
+    def _run_all(
+        self,
+        blocks: Iterable[nn.Module],
+        tokens: Tensor,
+        groups: Sequence[tuple[int, ...]],
+        depths: Iterable[Tensor | None],
+    ) -> Tensor:
+        """Block after block, each with its part of `noise.depth_scales`."""
+        for block, depth in zip(blocks, depths, strict=True):
+            tokens = self._run(block, tokens, groups, depth)
+        return tokens

@@ -30,6 +30,7 @@ __all__ = [
     "Linear",
     "add",
     "join",
+    "matrix",
     "rows",
 ]
 
@@ -45,6 +46,12 @@ def rows(groups: Groups) -> list[int]:
 def join(parts: Sequence[Tensor]) -> Tensor:
     """Concatenate along the first axis, without a copy when there is only one part."""
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+
+
+def matrix(parts: Sequence[Tensor]) -> tuple[Tensor, Groups]:
+    """The token matrix of parts (samples, tokens, width), and its groups."""
+    groups = tuple((part.shape[0], part.shape[1]) for part in parts)
+    return join([part.flatten(0, 1) for part in parts]), groups
 
 
 class Linear(nn.Linear):
@@ -109,9 +116,8 @@ class Attention(nn.Module):
     def _attend(self, qkv: Tensor, samples: int, tokens: int) -> Tensor:
         width = qkv.shape[-1] // 3
         qkv = qkv.view(samples, tokens, 3, self.heads, width // self.heads)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(
-            0
-        )  # each (samples, heads, tokens, width / heads)
+        # each (samples, heads, tokens, width / heads)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         attended = F.scaled_dot_product_attention(query, key, value)
         return attended.transpose(1, 2).reshape(samples * tokens, width)
 

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from framework.errors import ModelError
 from framework.models.inputs import InputSpec
-from framework.models.joint import JointModel, Size
-from framework.models.layers import Block, Groups, LayerNorm, Linear, add, join
+from framework.models.joint import JointModel, Size, encoder_blocks
+from framework.models.layers import Groups, LayerNorm, Linear, add, join, rows
 from framework.models.pooling import FirstToken
 from framework.models.video_blocks import ZeroLinear
-from framework.models.video_model import Places, Reading, Times, VideoModel
+from framework.models.video_model import Places, Reading, Times, VideoModel, place_frames
 from framework.models.work import Work
 from framework.recipe.schema import Gelu, Tube
 
@@ -49,9 +49,7 @@ class View(VideoModel):
         times, height, width = self.largest
         self.places = Places((1, height, width), size.width, class_token=True)
         self.times = Times(times, size.width)
-        self.blocks = nn.ModuleList(
-            Block(size.width, size.heads, size.mlp_width, gelu=gelu) for _ in range(size.depth)
-        )
+        self.blocks = encoder_blocks(size, gelu=gelu)
 
     def _frames(self, frames: int) -> int:
         """An image fills the longest tubelet of all views."""
@@ -59,18 +57,18 @@ class View(VideoModel):
 
     def place(self, reading: Reading) -> list[Tensor]:
         """The tokens with places, and a class token for each time: (samples, times, places + 1, width)."""
-        parts = [
-            part.reshape(samples * times, places, -1)
-            for part, (samples, times, places) in zip(reading.parts, reading.grids, strict=True)
-        ]
-        tokens, groups = self.places(parts, [(1, height, width) for _, height, width in reading.shapes])
-        placed = []
-        for part, (samples, times, places) in zip(
-            tokens.split([rows * length for rows, length in groups]), reading.grids, strict=True
-        ):
-            whole = part.view(samples, times, places + 1, -1)
-            placed.append(torch.cat((self.times(whole[:, :, :1]), whole[:, :, 1:]), dim=2))
-        return placed
+        framed = place_frames(self.places, reading)
+        return [torch.cat((self.times(part[:, :, :1]), part[:, :, 1:]), dim=2) for part in framed]
+
+    def sequence_length(self, spec: InputSpec) -> int:
+        """Tokens of a sample of a source, with the class token of each time."""
+        time, height, width = self.shape_of(spec)
+        return time * (height * width + 1)
+
+    def work(self, spec: InputSpec, pieces: int = 1) -> Work:
+        """What one forward pass of one sample takes that is cut into so many pieces, each by itself."""
+        tokens = self.sequence_length(spec)
+        return self.embedding_work(spec).encoder(self.size, tokens, tokens**2 / pieces)
 
 
 class CrossViewAttention(nn.Module):
@@ -87,16 +85,15 @@ class CrossViewAttention(nn.Module):
     def forward(self, tokens: Tensor, others: Tensor, groups: Groups, other_groups: Groups) -> Tensor:
         """Attend; tokens (total_tokens, width), others (their total_tokens, their width) to tokens' shape."""
         query, key, value = self.query(tokens), self.key(others), self.value(others)
-        lengths = [samples * length for samples, length in groups]
-        other_lengths = [samples * length for samples, length in other_groups]
+        lengths, other_lengths = rows(groups), rows(other_groups)
         attended = []
         for part, group, of_key, of_value, other in zip(
             query.split(lengths), groups, key.split(other_lengths), value.split(other_lengths), other_groups,
             strict=True,
         ):  # fmt: skip
             queries, keys, values = (
-                rows.view(*shape, self.heads, -1).transpose(1, 2)
-                for rows, shape in ((part, group), (of_key, other), (of_value, other))
+                matrix.view(*shape, self.heads, -1).transpose(1, 2)
+                for matrix, shape in ((part, group), (of_key, other), (of_value, other))
             )
             attended.append(F.scaled_dot_product_attention(queries, keys, values).transpose(1, 2).flatten(2))
         return self.proj(join([part.flatten(0, 1) for part in attended]))
@@ -167,10 +164,7 @@ class MTV(JointModel):
         self.global_size = global_size
         times = max(self._times(spec, name)[0] for name, spec in inputs.items())
         self.global_places = Places((times, 1, 1), global_size.width, class_token=True)
-        self.global_blocks = nn.ModuleList(
-            Block(global_size.width, global_size.heads, global_size.mlp_width, gelu=gelu)
-            for _ in range(global_size.depth)
-        )
+        self.global_blocks = encoder_blocks(global_size, gelu=gelu)
         self.global_norm = LayerNorm(global_size.width)
         self.pool = FirstToken()
         self.add_heads(global_size.width)
@@ -211,10 +205,10 @@ class MTV(JointModel):
         tokens = self._encode(readings, tokens, groups)
         framed = [
             [
-                rows.view(part.shape)[:, :, 0]  # the class tokens: (samples, times, width)
-                for rows, part in zip(matrix.split([len(p.flatten(0, 2)) for p in parts]), parts, strict=True)
+                part.view(like.shape)[:, :, 0]  # the class tokens: (samples, times, width)
+                for part, like in zip(matrix.split(rows(group)), parts, strict=True)
             ]
-            for matrix, parts in zip(tokens, placed, strict=True)
+            for matrix, group, parts in zip(tokens, groups, placed, strict=True)
         ]
         return self.classify(self._over_time(readings[0], framed), samples, names)
 
@@ -224,11 +218,8 @@ class MTV(JointModel):
         """Run the blocks of all views, layer by layer."""
         drops, first = [], 0
         for view, reading, group in zip(self.readers, readings, groups, strict=True):
-            per_sample = tuple(
-                (samples, rows * length // samples)
-                for samples, (rows, length) in zip(reading.samples, group, strict=True)
-            )
-            drops.append(view.drop(reading, per_sample, len(view.blocks), branches=BRANCHES, first=first))
+            samples = reading.whole(group)
+            drops.append(view.drop(reading, samples, len(view.blocks), branches=BRANCHES, first=first))
             first += BRANCHES * len(view.blocks)
         for layer in range(max(size.depth for size in self.sizes)):
             depths = [drop[min(layer, len(drop) - 1)] for drop in drops]
@@ -251,8 +242,7 @@ class MTV(JointModel):
         tokens, groups = self.global_places(parts, [(part.shape[1], 1, 1) for part in parts])
         first = BRANCHES * sum(size.depth for size in self.sizes)
         depths = self.readers[0].drop(reading, groups, len(self.global_blocks), first=first)
-        for block, depth in zip(self.global_blocks, depths, strict=True):
-            tokens = self._run(block, tokens, groups, depth)
+        tokens = self._run_all(self.global_blocks, tokens, groups, depths)
         return self.pool(self.global_norm(tokens), groups)
 
     def _times(self, spec: InputSpec, name: str) -> tuple[int, int]:
@@ -268,32 +258,20 @@ class MTV(JointModel):
 
     def sequence_length(self, spec: InputSpec) -> int:
         """Tokens of a sample of a source in all views, with the class token of each time."""
-        return sum(_tokens(view, spec) for view in self.readers)
+        return sum(view.sequence_length(spec) for view in self.readers)
 
     def work(self, spec: InputSpec) -> Work:
         """What one forward pass of one sample of a source takes."""
         times, pieces = self._times(spec, "")
         work = Work()
-        for view, size in zip(self.readers, self.sizes, strict=True):
-            work = work + view.embedding_work(spec)
-            tokens = _tokens(view, spec)
-            for _ in range(size.depth):
-                work.attention(size.width, size.heads, tokens, tokens**2 / pieces)
-                work.mlp(size.width, size.mlp_width, tokens)
+        for view in self.readers:
+            work = work + view.work(spec, pieces)
         for _ in self.fusions:
-            for number, size in enumerate(self.sizes[:-1]):
-                tokens, others = (_tokens(self.readers[number + one], spec) for one in (0, 1))
+            for view, other in pairwise(self.readers):
+                size, tokens, others = view.size, view.sequence_length(spec), other.sequence_length(spec)
                 work.attention(size.width, size.heads, tokens, tokens * others / pieces)
                 # keys and values are made of the other view's tokens
-                work.linear(others, self.sizes[number + 1].width, 2 * size.width)
+                work.linear(others, other.size.width, 2 * size.width)
                 work.linear(-tokens, size.width, 2 * size.width)
-        size = self.global_size
-        for _ in range(size.depth):
-            work.attention(size.width, size.heads, times + 1, (times + 1) ** 2)
-            work.mlp(size.width, size.mlp_width, times + 1)
-        return work.linear(1, size.width, spec.classes)
-
-
-def _tokens(view: View, spec: InputSpec) -> int:
-    time, height, width = view.shape_of(spec)
-    return time * (height * width + 1)
+        work.encoder(self.global_size, times + 1, (times + 1) ** 2)
+        return work.linear(1, self.global_size.width, spec.classes)

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from framework.models.inputs import InputSpec
-from framework.models.joint import Size
-from framework.models.layers import Block, Groups, LayerNorm, join
+from framework.models.joint import Size, encoder_blocks
+from framework.models.layers import LayerNorm, join, matrix
 from framework.models.pooling import FirstToken
 from framework.models.video_blocks import DividedBlock
-from framework.models.video_model import Places, Reading, Times, VideoModel
+from framework.models.video_model import Places, Reading, Times, VideoClassifier, place_frames
 from framework.models.work import Work
 from framework.recipe.schema import Gelu, Tube
 
@@ -25,7 +25,7 @@ __all__ = ["Scheme", "TimeSformer"]
 Scheme = Literal["divided", "joint", "space"]
 
 
-class TimeSformer(VideoModel):
+class TimeSformer(VideoClassifier):
     """Attention over time and space: one after the other, together, or over space alone.
 
     With `space` the tokens of all frames are averaged place by place before the last norm.
@@ -53,88 +53,52 @@ class TimeSformer(VideoModel):
         frames, height, width = self.largest
         self.places = Places((1, height, width), size.width, class_token=True)
         self.times = Times(frames, size.width) if scheme != "space" else None
-        numbers = (size.width, size.heads, size.mlp_width)
-        self.blocks = nn.ModuleList(
-            DividedBlock(*numbers, gelu) if scheme == "divided" else Block(*numbers, gelu=gelu)
-            for _ in range(size.depth)
+        numbers = (size.width, size.heads, size.mlp_width, gelu)
+        self.blocks = (
+            nn.ModuleList(DividedBlock(*numbers) for _ in range(size.depth))
+            if scheme == "divided"
+            else encoder_blocks(size, gelu=gelu)
         )
         self.norm = LayerNorm(size.width)
         self.pool = FirstToken()
         self.add_heads(size.width)
 
-    def forward(
-        self, pixels: Mapping[str, Tensor], seeds: Mapping[str, Tensor] | None = None
-    ) -> dict[str, Tensor]:
-        """Logits of all samples of a micro-batch; see `VideoModel.read` for the arguments.
-
-        Returns:
-            Per source float32 (batch, classes).
-
-        Errors:
-            ModelError: an unknown source, a wrong shape, or a clip that is larger than the learned places.
-        """
-        reading = self.read(pixels, seeds)
-        encode = {"divided": self._divided, "joint": self._joint, "space": self._space}[self.scheme]
-        return self.classify(encode(reading), reading.samples, reading.names)
-
-    def _framed(self, reading: Reading) -> list[Tensor]:
-        """Class tokens and patches of every frame, with their places: (samples, times, places + 1, width)."""
-        parts = [
-            part.reshape(samples * times, places, -1)
-            for part, (samples, times, places) in zip(reading.parts, reading.grids, strict=True)
-        ]
-        tokens, groups = self.places(parts, [(1, height, width) for _, height, width in reading.shapes])
-        return [
-            part.view(samples, times, places + 1, -1)
-            for part, (samples, times, places) in zip(
-                tokens.split([frames * length for frames, length in groups]), reading.grids, strict=True
-            )
-        ]
+    def features(self, reading: Reading) -> Tensor:
+        """What is classified: (total_samples, width)."""
+        return {"divided": self._divided, "joint": self._joint, "space": self._space}[self.scheme](reading)
 
     def _apart(self, reading: Reading) -> tuple[list[Tensor], list[Tensor]]:
         """Class tokens (samples, 1, width), and patches with their times (samples, tokens, width)."""
         assert self.times is not None
-        framed = self._framed(reading)
+        framed = place_frames(self.places, reading)
         first = [part[:, 0, :1] for part in framed]
         return first, [self.times(part[:, :, 1:]).flatten(1, 2) for part in framed]
 
     def _divided(self, reading: Reading) -> Tensor:
-        first_parts, parts = self._apart(reading)
-        first, tokens = (
-            join([part.flatten(0, 1) for part in first_parts]),
-            join([p.flatten(0, 1) for p in parts]),
-        )
-        ones: Groups = tuple((samples, 1) for samples in reading.samples)
-        branches, layers = DividedBlock.branches, len(self.blocks)
-        of_first = self.drop(reading, ones, layers, branches=branches)
-        of_tokens = self.drop(reading, reading.per_sample, layers, branches=branches)
-        for block, *depth in zip(self.blocks, of_first, of_tokens, strict=True):
-            noise = None if depth[0] is None else tuple(depth)
-            first, tokens = self._run(block, first, tokens, reading.grids, noise)
+        (first, of_first), (tokens, of_tokens) = map(matrix, self._apart(reading))
+        layers, branches = self.size.depth, DividedBlock.branches
+        noise = [self.drop(reading, groups, layers, branches=branches) for groups in (of_first, of_tokens)]
+        for block, *depth in zip(self.blocks, *noise, strict=True):
+            first, tokens = self._run(
+                block, first, tokens, reading.grids, None if depth[0] is None else tuple(depth)
+            )
         return self.norm(first)
 
     def _joint(self, reading: Reading) -> Tensor:
-        whole = [torch.cat(pair, dim=1) for pair in zip(*self._apart(reading), strict=True)]
-        groups: Groups = tuple((part.shape[0], part.shape[1]) for part in whole)
-        tokens = self._plain(reading, join([part.flatten(0, 1) for part in whole]), groups, groups)
-        return self.pool(self.norm(tokens), groups)
+        tokens, groups = matrix([torch.cat(pair, dim=1) for pair in zip(*self._apart(reading), strict=True)])
+        depths = self.drop(reading, groups, self.size.depth)
+        return self.pool(self.norm(self._run_all(self.blocks, tokens, groups, depths)), groups)
 
     def _space(self, reading: Reading) -> Tensor:
-        framed = self._framed(reading)
-        groups: Groups = tuple((part.shape[0] * part.shape[1], part.shape[2]) for part in framed)
-        of_samples: Groups = tuple((part.shape[0], part.shape[1] * part.shape[2]) for part in framed)
-        tokens = self._plain(reading, join([part.flatten(0, 2) for part in framed]), groups, of_samples)
-        parts = tokens.split([rows * length for rows, length in groups])
+        tokens, groups = self.places(*reading.frames)
+        depths = self.drop(reading, reading.whole(groups), self.size.depth)
+        first = self.pool(self._run_all(self.blocks, tokens, groups, depths), groups)
+        parts = first.split([samples * times for samples, times, _ in reading.grids])
         pooled = [
-            part.view(samples, times, places + 1, -1)[:, :, 0].mean(dim=1)
-            for part, (samples, times, places) in zip(parts, reading.grids, strict=True)
+            part.view(samples, times, -1).mean(dim=1)
+            for part, (samples, times, _) in zip(parts, reading.grids, strict=True)
         ]
         return self.norm(join(pooled))
-
-    def _plain(self, reading: Reading, tokens: Tensor, groups: Groups, of_samples: Groups) -> Tensor:
-        for block, depth in zip(self.blocks, self.drop(reading, of_samples, len(self.blocks)), strict=True):
-            tokens = self._run(block, tokens, groups, depth)
-        return tokens
 
     def sequence_length(self, spec: InputSpec) -> int:
         """Tokens of a sample of a source, with the class token, of which `space` has one a frame."""
@@ -147,14 +111,14 @@ class TimeSformer(VideoModel):
         places, size = height * width, self.size
         tokens, framed = times * places, times * (places + 1)
         work = self.embedding_work(spec)
-        for _ in range(size.depth):
-            if self.scheme == "divided":
+        if self.scheme == "joint":
+            work.encoder(size, tokens + 1, (tokens + 1) ** 2)
+        elif self.scheme == "space":
+            work.encoder(size, framed, times * (places + 1) ** 2)
+        else:
+            for _ in range(size.depth):
                 work.attention(size.width, size.heads, tokens, places * times**2)
                 work.linear(tokens, size.width, size.width)
                 work.attention(size.width, size.heads, framed, times * (places + 1) ** 2)
                 work.mlp(size.width, size.mlp_width, tokens + 1)
-                continue
-            rows = tokens + 1 if self.scheme == "joint" else framed
-            pairs = rows**2 if self.scheme == "joint" else times * (places + 1) ** 2
-            work.attention(size.width, size.heads, rows, pairs).mlp(size.width, size.mlp_width, rows)
         return work.linear(1, size.width, spec.classes)

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from framework.errors import ModelError
 from framework.models.inputs import InputSpec
-from framework.models.joint import JointModel, Size
-from framework.models.layers import Block, Groups, LayerNorm
+from framework.models.joint import JointModel, Size, encoder_blocks
+from framework.models.layers import Groups, LayerNorm
 from framework.models.noise import depth_scales, dropout, dropout_seeds
 from framework.models.pooling import ClassToken, build_pool
 from framework.models.tokenizer import TubeTokenizer
@@ -84,9 +84,7 @@ class TubeViT(JointModel):
             tubes, size.width, clips=list(clips.values()), position=position, interpolated=interpolated
         )
         self.class_token = ClassToken(size.width) if pool == "class_token" else None
-        self.blocks = nn.ModuleList(
-            Block(size.width, size.heads, size.mlp_width, dropout) for _ in range(size.depth)
-        )
+        self.blocks = encoder_blocks(size, dropout=dropout)
         self.norm = LayerNorm(size.width)
         self.pool = build_pool(pool, size.width, size.heads, size.mlp_width)
         self.add_heads(size.width)

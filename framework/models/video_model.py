@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -11,14 +12,14 @@ from torch import Tensor, nn
 from framework.errors import ModelError
 from framework.models.inputs import InputSpec
 from framework.models.joint import JointModel, Size
-from framework.models.layers import Groups, join
+from framework.models.layers import Groups, matrix, rows
 from framework.models.noise import depth_scales
 from framework.models.tokenizer import TubeTokenizer
 from framework.models.tubes import AXES
 from framework.models.work import Work
 from framework.recipe.schema import Tube
 
-__all__ = ["Places", "Reading", "Times", "VideoModel"]
+__all__ = ["Places", "Reading", "Times", "VideoClassifier", "VideoModel", "place_frames"]
 
 Triple = tuple[int, int, int]
 
@@ -48,9 +49,18 @@ class Reading(NamedTuple):
         )
 
     @property
-    def per_sample(self) -> Groups:
-        """(samples, tokens of a sample) of each source."""
-        return tuple((samples, times * places) for samples, times, places in self.grids)
+    def frames(self) -> tuple[list[Tensor], list[Triple]]:
+        """Parts and shapes with every time of every sample by itself: (samples * times, places, width)."""
+        parts = [
+            part.reshape(samples * times, places, -1)
+            for part, (samples, times, places) in zip(self.parts, self.grids, strict=True)
+        ]
+        return parts, [(1, height, width) for _, height, width in self.shapes]
+
+    def whole(self, groups: Groups) -> Groups:
+        """Groups of pieces of samples as groups of samples: (samples, rows of a sample) of each source."""
+        counts = zip(self.samples, rows(groups), strict=True)
+        return tuple((samples, count // samples) for samples, count in counts)
 
 
 class Places(nn.Module):
@@ -80,9 +90,7 @@ class Places(nn.Module):
         Errors:
             ModelError: a grid is larger than those of the sources that the model was built for.
         """
-        placed = [self._place(part, shape) for part, shape in zip(parts, shapes, strict=True)]
-        groups = tuple((part.shape[0], part.shape[1]) for part in placed)
-        return join([part.flatten(0, 1) for part in placed]), groups
+        return matrix([self._place(part, shape) for part, shape in zip(parts, shapes, strict=True)])
 
     def _place(self, part: Tensor, shape: Triple) -> Tensor:
         check_room(shape, self.size)
@@ -92,6 +100,22 @@ class Places(nn.Module):
             return part
         first = (self.class_token + self.class_place).to(part.dtype)
         return torch.cat((first.expand(part.shape[0], 1, -1), part), dim=1)
+
+
+def place_frames(places: Places, reading: Reading) -> list[Tensor]:
+    """The tokens of every frame with their places, a class token first.
+
+    Returns:
+        Per source (samples, times, places of one time + 1, width).
+
+    Errors:
+        ModelError: as `Places`.
+    """
+    tokens, groups = places(*reading.frames)
+    return [
+        part.view(samples, times, count + 1, -1)
+        for part, (samples, times, count) in zip(tokens.split(rows(groups)), reading.grids, strict=True)
+    ]
 
 
 class Times(nn.Module):
@@ -126,7 +150,7 @@ def check_room(shape: Triple, room: Triple) -> None:
             )
 
 
-class VideoModel(JointModel):
+class VideoModel(JointModel, ABC):
     """A model whose tokens all come from one kind of patch or tubelet, on one grid.
 
     An image is read as a clip in which it is repeated to the length of one tubelet.
@@ -157,13 +181,13 @@ class VideoModel(JointModel):
         """The grid of tokens of a sample of a source: (time, height, width)."""
         return self._shape((spec.frames, spec.size, spec.size), name)
 
+    @abstractmethod
     def work(self, spec: InputSpec) -> Work:
         """What one forward pass of one sample of a source takes."""
-        raise NotImplementedError
 
+    @abstractmethod
     def sequence_length(self, spec: InputSpec) -> int:
         """Tokens of a sample of a source, with all class tokens that go along with them."""
-        raise NotImplementedError
 
     def embedding_work(self, spec: InputSpec) -> Work:
         """The work of the tokenizer."""
@@ -225,3 +249,25 @@ class VideoModel(JointModel):
         rate = self.stochastic_depth
         scales = depth_scales(reading.seeds, groups, layers, rate, dtype, branches=branches, first=first)
         return list(scales.unbind(0))
+
+
+class VideoClassifier(VideoModel):
+    """A video model that makes one vector of every sample, which is classified."""
+
+    def forward(
+        self, pixels: Mapping[str, Tensor], seeds: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """Logits of all samples of a micro-batch; see `VideoModel.read` for the arguments.
+
+        Returns:
+            Per source float32 (batch, classes).
+
+        Errors:
+            ModelError: an unknown source, a wrong shape, or a clip that is larger than the learned places.
+        """
+        reading = self.read(pixels, seeds)
+        return self.classify(self.features(reading), reading.samples, reading.names)
+
+    @abstractmethod
+    def features(self, reading: Reading) -> Tensor:
+        """What is classified: (total_samples, width)."""

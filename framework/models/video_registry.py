@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TypedDict
 
 from torch import nn
 
@@ -15,7 +16,7 @@ from framework.models.timesformer import TimeSformer as TimeSformerModel
 from framework.models.videomae import VideoMAE as VideoMAEModel
 from framework.models.videomae import VideoMAEPretraining
 from framework.models.vivit import FactorisedAttention, FactorisedEncoder, SpaceTime
-from framework.recipe.schema import MTV, TimeSformer, Tube, VideoMAE, ViT, ViViT
+from framework.recipe.schema import MTV, Gelu, TimeSformer, Tube, VideoMAE, ViT, ViViT
 
 __all__ = ["AnyVideoModel", "build_video_model", "tube_of", "view_sizes"]
 
@@ -37,48 +38,43 @@ def build_video_model(model: AnyVideoModel, size: Size, inputs: Mapping[str, Inp
         return _build_mtv(model, inputs)
     if isinstance(model, ViViT):
         return _build_vivit(model, size, inputs)
-    tube, options = tube_of(model), {"gelu": model.gelu, "stochastic_depth": model.stochastic_depth}
+    tube, options = tube_of(model), _options(model)
     if isinstance(model, ViT):
-        class_token = model.pool == "class_token"
-        return SpaceTime(size, tube, inputs, class_token=class_token, **options)  # type: ignore[arg-type]
+        return SpaceTime(size, tube, inputs, class_token=model.pool == "class_token", **options)
     if isinstance(model, TimeSformer):
         scheme = SCHEMES[model.name.rpartition("_")[2]]
-        return TimeSformerModel(size, tube, inputs, scheme=scheme, **options)  # type: ignore[arg-type]
+        return TimeSformerModel(size, tube, inputs, scheme=scheme, **options)
     if model.pretrain is None:
-        return VideoMAEModel(size, tube, inputs, **options)  # type: ignore[arg-type]
-    return VideoMAEPretraining(size, tube, inputs, model.pretrain, **options)  # type: ignore[arg-type]
+        return VideoMAEModel(size, tube, inputs, **options)
+    return VideoMAEPretraining(size, tube, inputs, model.pretrain, **options)
+
+
+class _Options(TypedDict):
+    """What every video model takes."""
+
+    gelu: Gelu
+    stochastic_depth: float
+
+
+def _options(model: AnyVideoModel) -> _Options:
+    return {"gelu": model.gelu, "stochastic_depth": model.stochastic_depth}
 
 
 def _build_vivit(model: ViViT, size: Size, inputs: Mapping[str, InputSpec]) -> nn.Module:
     variant = model.name.rpartition("_")[2]
-    tube, class_token = tube_of(model), model.pool != "mean"
-    gelu, rate = model.gelu, model.stochastic_depth
+    tube, class_token, options = tube_of(model), model.pool != "mean", _options(model)
     if variant == "m1":
-        return SpaceTime(size, tube, inputs, class_token=class_token, gelu=gelu, stochastic_depth=rate)
+        return SpaceTime(size, tube, inputs, class_token=class_token, **options)
     if variant in ("m2", "avgpool"):
-        return FactorisedEncoder(
-            size,
-            tube,
-            inputs,
-            temporal_depth=model.temporal_depth if variant == "m2" else 0,
-            class_token=class_token,
-            gelu=gelu,
-            stochastic_depth=rate,
-        )
+        depth = model.temporal_depth if variant == "m2" else 0
+        return FactorisedEncoder(size, tube, inputs, temporal_depth=depth, class_token=class_token, **options)
     if variant == "m4" and size.heads % 2:
         raise RecipeError(
             f"{model.name} has {size.heads} heads, and model 4 needs an even number: half of them attend "
             "along time. Say `model.heads`"
         )
-    return FactorisedAttention(
-        size,
-        tube,
-        inputs,
-        split=variant == "m4",
-        time_first=model.order == "time_space",
-        gelu=gelu,
-        stochastic_depth=rate,
-    )
+    first = model.order == "time_space"
+    return FactorisedAttention(size, tube, inputs, split=variant == "m4", time_first=first, **options)
 
 
 def _build_mtv(model: MTV, inputs: Mapping[str, InputSpec]) -> nn.Module:
@@ -94,8 +90,7 @@ def _build_mtv(model: MTV, inputs: Mapping[str, InputSpec]) -> nn.Module:
         inputs,
         fusion_layers=model.fusion_layers,
         global_size=Size(width, model.global_depth, model.global_heads, model.global_mlp_width),
-        gelu=model.gelu,
-        stochastic_depth=model.stochastic_depth,
+        **_options(model),
     )
 
 

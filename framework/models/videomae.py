@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from framework.errors import RecipeError
 from framework.models.inputs import InputSpec
-from framework.models.joint import Size
-from framework.models.layers import Block, Groups, LayerNorm, Linear, join
+from framework.models.joint import Size, encoder_blocks
+from framework.models.layers import Groups, LayerNorm, Linear, matrix, rows
 from framework.models.noise import split_places
 from framework.models.pooling import MeanPool
 from framework.models.positions import TEMPERATURE
 from framework.models.tubes import CHANNELS, cut
-from framework.models.video_model import Reading, VideoModel
+from framework.models.video_model import Reading, VideoClassifier, VideoModel
 from framework.models.work import Work
 from framework.recipe.schema import Gelu, Masking, Tube
 
@@ -56,17 +56,13 @@ class _Encoder(VideoModel):
     ) -> None:
         super().__init__(size, tube, inputs, stochastic_depth=stochastic_depth)
         self.places = IndexPositions(size.width)
-        self.blocks = nn.ModuleList(
-            Block(size.width, size.heads, size.mlp_width, gelu=gelu) for _ in range(size.depth)
-        )
+        self.blocks = encoder_blocks(size, gelu=gelu)
 
     def encode(self, reading: Reading, parts: Sequence[Tensor]) -> tuple[Tensor, Groups]:
         """Run the blocks on tokens (samples, tokens, width) of each source: their matrix, and its groups."""
-        groups: Groups = tuple((part.shape[0], part.shape[1]) for part in parts)
-        tokens = join([part.flatten(0, 1) for part in parts])
-        for block, depth in zip(self.blocks, self.drop(reading, groups, len(self.blocks)), strict=True):
-            tokens = self._run(block, tokens, groups, depth)
-        return tokens, groups
+        tokens, groups = matrix(parts)
+        depths = self.drop(reading, groups, self.size.depth)
+        return self._run_all(self.blocks, tokens, groups, depths), groups
 
     def sequence_length(self, spec: InputSpec) -> int:
         """Tokens of a sample of a source."""
@@ -75,14 +71,10 @@ class _Encoder(VideoModel):
 
     def encoder_work(self, spec: InputSpec, tokens: int) -> Work:
         """The work of tokenizer and blocks on so many tokens."""
-        work, size = self.embedding_work(spec), self.size
-        for _ in range(size.depth):
-            work.attention(size.width, size.heads, tokens, tokens**2)
-            work.mlp(size.width, size.mlp_width, tokens)
-        return work
+        return self.embedding_work(spec).encoder(self.size, tokens, tokens**2)
 
 
-class VideoMAE(_Encoder):
+class VideoMAE(_Encoder, VideoClassifier):
     """The classifier: all tokens, their mean, a norm."""
 
     def __init__(
@@ -104,20 +96,10 @@ class VideoMAE(_Encoder):
         self.pool_norm = LayerNorm(size.width)
         self.add_heads(size.width)
 
-    def forward(
-        self, pixels: Mapping[str, Tensor], seeds: Mapping[str, Tensor] | None = None
-    ) -> dict[str, Tensor]:
-        """Logits of all samples of a micro-batch; see `VideoModel.read` for the arguments.
-
-        Returns:
-            Per source float32 (batch, classes).
-
-        Errors:
-            ModelError: an unknown source, or a wrong shape.
-        """
-        reading = self.read(pixels, seeds)
+    def features(self, reading: Reading) -> Tensor:
+        """What is classified: (total_samples, width)."""
         tokens, groups = self.encode(reading, [part + self.places(part) for part in reading.parts])
-        return self.classify(self.pool_norm(self.pool(tokens, groups)), reading.samples, reading.names)
+        return self.pool_norm(self.pool(tokens, groups))
 
     def work(self, spec: InputSpec) -> Work:
         """What one forward pass of one sample of a source takes."""
@@ -134,9 +116,7 @@ class Decoder(nn.Module):
         self.mask_token = nn.Parameter(torch.empty(size.width))
         nn.init.trunc_normal_(self.mask_token, std=0.02)
         self.places = IndexPositions(size.width)
-        self.blocks = nn.ModuleList(
-            Block(size.width, size.heads, size.mlp_width, gelu=gelu) for _ in range(size.depth)
-        )
+        self.blocks = encoder_blocks(size, gelu=gelu)
         self.norm = LayerNorm(size.width)
         self.to_pixels = Linear(size.width, pixels)
 
@@ -155,8 +135,7 @@ class Decoder(nn.Module):
         masked = self.mask_token.to(tokens.dtype).expand(samples, order.shape[1] - seen, -1)
         tokens = torch.cat((tokens, masked), dim=1)
         tokens = tokens + self.places(tokens)[order]
-        groups = ((samples, tokens.shape[1]),)
-        tokens = tokens.flatten(0, 1)
+        tokens, groups = matrix([tokens])
         for block in self.blocks:
             tokens = block(tokens, groups)
         return self.to_pixels(self.norm(tokens.view(samples, -1, self.size.width)[:, seen:]))
@@ -164,9 +143,7 @@ class Decoder(nn.Module):
     def work(self, tokens: int, masked: int, encoder_width: int) -> Work:
         """What one sample takes."""
         work = Work().linear(tokens - masked, encoder_width, self.size.width)
-        for _ in range(self.size.depth):
-            work.attention(self.size.width, self.size.heads, tokens, tokens**2)
-            work.mlp(self.size.width, self.size.mlp_width, tokens)
+        work.encoder(self.size, tokens, tokens**2)
         return work.linear(masked, self.size.width, self.to_pixels.out_features)
 
 
@@ -225,7 +202,7 @@ class VideoMAEPretraining(_Encoder):
             visible.append(_take(part + self.places(part), seen))
             orders.append(torch.cat((seen, hidden), dim=1))
         tokens, groups = self.encode(reading, visible)
-        parts = self.norm(tokens).split([samples * length for samples, length in groups])
+        parts = self.norm(tokens).split(rows(groups))
         losses = {}
         for name, part, order, group, shape in zip(
             reading.names, parts, orders, groups, reading.shapes, strict=True

@@ -12,47 +12,26 @@ All read tubelets, add learned places and classify one vector per sample. They d
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from torch import Tensor, nn
 
 from framework.models.inputs import InputSpec
-from framework.models.joint import Size
-from framework.models.layers import Block, Groups, LayerNorm
+from framework.models.joint import Size, encoder_blocks
+from framework.models.layers import Groups, LayerNorm, rows
 from framework.models.pooling import FirstToken, MeanPool
 from framework.models.video_blocks import FactorisedBlock, SplitBlock
-from framework.models.video_model import Places, Reading, VideoModel
+from framework.models.video_model import Places, Reading, VideoClassifier
 from framework.models.work import Work
 from framework.recipe.schema import Gelu, Tube
 
 __all__ = ["FactorisedAttention", "FactorisedEncoder", "SpaceTime"]
 
 
-class _ViViT(VideoModel):
-    """What all have: from the tokens of a micro-batch to one vector per sample, and its classifier."""
+class SpaceTime(VideoClassifier):
+    """Model 1: one encoder over all tokens; `vit` is the same with patches of a single frame."""
 
     positions = ("places.",)
-
-    def forward(
-        self, pixels: Mapping[str, Tensor], seeds: Mapping[str, Tensor] | None = None
-    ) -> dict[str, Tensor]:
-        """Logits of all samples of a micro-batch; see `VideoModel.read` for the arguments.
-
-        Returns:
-            Per source float32 (batch, classes).
-
-        Errors:
-            ModelError: an unknown source, a wrong shape, or a clip that is larger than the learned places.
-        """
-        reading = self.read(pixels, seeds)
-        return self.classify(self.features(reading), reading.samples, reading.names)
-
-    def features(self, reading: Reading) -> Tensor:
-        """What is classified: (total_samples, width)."""
-        raise NotImplementedError
-
-
-class SpaceTime(_ViViT):
-    """Model 1: one encoder over all tokens; `vit` is the same with patches of a single frame."""
 
     def __init__(
         self,
@@ -71,7 +50,7 @@ class SpaceTime(_ViViT):
         """
         super().__init__(size, tube, inputs, stochastic_depth=stochastic_depth)
         self.places = Places(self.largest, size.width, class_token=class_token)
-        self.blocks = _blocks(size, size.depth, gelu)
+        self.blocks = encoder_blocks(size, gelu=gelu)
         self.norm = LayerNorm(size.width)
         self.pool = FirstToken() if class_token else MeanPool()
         self.add_heads(size.width)
@@ -79,8 +58,8 @@ class SpaceTime(_ViViT):
     def features(self, reading: Reading) -> Tensor:
         """What is classified: (total_samples, width)."""
         tokens, groups = self.places(reading.parts, reading.shapes)
-        for block, depth in zip(self.blocks, self.drop(reading, groups, len(self.blocks)), strict=True):
-            tokens = self._run(block, tokens, groups, depth)
+        depths = self.drop(reading, groups, self.size.depth)
+        tokens = self._run_all(self.blocks, tokens, groups, depths)
         return self.pool(self.norm(tokens), groups)
 
     def sequence_length(self, spec: InputSpec) -> int:
@@ -91,16 +70,18 @@ class SpaceTime(_ViViT):
     def work(self, spec: InputSpec) -> Work:
         """What one forward pass of one sample of a source takes."""
         tokens = self.sequence_length(spec)
-        work = _encoder_work(self.embedding_work(spec), self.size, self.size.depth, tokens, tokens**2)
+        work = self.embedding_work(spec).encoder(self.size, tokens, tokens**2)
         return work.linear(1, self.size.width, spec.classes)
 
 
-class FactorisedEncoder(_ViViT):
+class FactorisedEncoder(VideoClassifier):
     """Model 2: a spatial encoder for each time, then a temporal encoder; or, without it, the baseline.
 
     Both encoders have a class token and places of their own and end with a norm. With `class_token` false
     both take the mean of their tokens.
     """
+
+    positions = ("places.",)
 
     def __init__(
         self,
@@ -121,14 +102,14 @@ class FactorisedEncoder(_ViViT):
         super().__init__(size, tube, inputs, stochastic_depth=stochastic_depth)
         times, height, width = self.largest
         self.places = Places((1, height, width), size.width, class_token=class_token)
-        self.blocks = _blocks(size, size.depth, gelu)
+        self.blocks = encoder_blocks(size, gelu=gelu)
         self.norm = LayerNorm(size.width)
         self.pool = FirstToken() if class_token else MeanPool()
         self.mean = MeanPool()
-        self.temporal_depth = temporal_depth
+        self.temporal_size = replace(size, depth=temporal_depth)
         if temporal_depth:
             self.temporal_places = Places((times, 1, 1), size.width, class_token=class_token)
-            self.temporal_blocks = _blocks(size, temporal_depth, gelu)
+            self.temporal_blocks = encoder_blocks(self.temporal_size, gelu=gelu)
             self.temporal_norm = LayerNorm(size.width)
         self.add_heads(size.width)
 
@@ -136,32 +117,20 @@ class FactorisedEncoder(_ViViT):
         """What is classified: (total_samples, width)."""
         frames = self.frame_features(reading)
         times: Groups = tuple((samples, time) for samples, time, _ in reading.grids)
-        if not self.temporal_depth:
+        if not self.temporal_size.depth:
             return self.mean(frames, times)
-        parts = [
-            part.view(*group, -1)
-            for part, group in zip(frames.split([a * b for a, b in times]), times, strict=True)
-        ]
+        parts = [part.view(*group, -1) for part, group in zip(frames.split(rows(times)), times, strict=True)]
         tokens, groups = self.temporal_places(parts, [(time, 1, 1) for _, time in times])
-        depths = self.drop(reading, groups, self.temporal_depth, first=2 * self.size.depth)
-        for block, depth in zip(self.temporal_blocks, depths, strict=True):
-            tokens = self._run(block, tokens, groups, depth)
+        depths = self.drop(reading, groups, self.temporal_size.depth, first=2 * self.size.depth)
+        tokens = self._run_all(self.temporal_blocks, tokens, groups, depths)
         return self.pool(self.temporal_norm(tokens), groups)
 
     def frame_features(self, reading: Reading) -> Tensor:
         """One vector for each time of each sample, in the order of the samples: (samples * times, width)."""
-        parts = [
-            part.reshape(samples * times, places, -1)
-            for part, (samples, times, places) in zip(reading.parts, reading.grids, strict=True)
-        ]
-        tokens, groups = self.places(parts, [(1, height, width) for _, height, width in reading.shapes])
+        tokens, groups = self.places(*reading.frames)
         # all times of a sample share its draws
-        of_samples = tuple(
-            (samples, frames * length // samples)
-            for samples, (frames, length) in zip(reading.samples, groups, strict=True)
-        )
-        for block, depth in zip(self.blocks, self.drop(reading, of_samples, len(self.blocks)), strict=True):
-            tokens = self._run(block, tokens, groups, depth)
+        depths = self.drop(reading, reading.whole(groups), self.size.depth)
+        tokens = self._run_all(self.blocks, tokens, groups, depths)
         return self.pool(self.norm(tokens), groups)
 
     def sequence_length(self, spec: InputSpec) -> int:
@@ -172,15 +141,17 @@ class FactorisedEncoder(_ViViT):
     def work(self, spec: InputSpec) -> Work:
         """What one forward pass of one sample of a source takes."""
         times, tokens = self.shape_of(spec)[0], self.sequence_length(spec)
-        work = _encoder_work(self.embedding_work(spec), self.size, self.size.depth, tokens, tokens**2 / times)
-        if self.temporal_depth:
+        work = self.embedding_work(spec).encoder(self.size, tokens, tokens**2 / times)
+        if self.temporal_size.depth:
             later = times + self.temporal_places.has_class_token
-            work = _encoder_work(work, self.size, self.temporal_depth, later, later**2)
+            work.encoder(self.temporal_size, later, later**2)
         return work.linear(1, self.size.width, spec.classes)
 
 
-class FactorisedAttention(_ViViT):
+class FactorisedAttention(VideoClassifier):
     """Models 3 and 4: attention along space and along time, one after the other, or in different heads."""
+
+    positions = ("places.",)
 
     def __init__(
         self,
@@ -214,9 +185,8 @@ class FactorisedAttention(_ViViT):
         """What is classified: (total_samples, width)."""
         tokens, groups = self.places(reading.parts, reading.shapes)
         branches = 2 if self.split else FactorisedBlock.branches
-        depths = self.drop(reading, groups, len(self.blocks), branches=branches)
-        for block, depth in zip(self.blocks, depths, strict=True):
-            tokens = self._run(block, tokens, reading.grids, depth)
+        depths = self.drop(reading, groups, self.size.depth, branches=branches)
+        tokens = self._run_all(self.blocks, tokens, reading.grids, depths)
         return self.pool(self.norm(tokens), groups)
 
     def sequence_length(self, spec: InputSpec) -> int:
@@ -238,14 +208,3 @@ class FactorisedAttention(_ViViT):
                 work.attention(size.width, size.heads, tokens, over_time)
             work.mlp(size.width, size.mlp_width, tokens)
         return work.linear(1, size.width, spec.classes)
-
-
-def _blocks(size: Size, depth: int, gelu: Gelu) -> nn.ModuleList:
-    return nn.ModuleList(Block(size.width, size.heads, size.mlp_width, gelu=gelu) for _ in range(depth))
-
-
-def _encoder_work(work: Work, size: Size, depth: int, tokens: int, pairs: float) -> Work:
-    """Add an encoder of plain blocks that sees so many tokens, and so many pairs of them in each layer."""
-    for _ in range(depth):
-        work.attention(size.width, size.heads, tokens, pairs).mlp(size.width, size.mlp_width, tokens)
-    return work

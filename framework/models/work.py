@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from framework.models.joint import Size
+
 __all__ = ["Work"]
 
 ATTENTION, MLP, HIDDEN = 5.9375, 4.4375, 4.828125
@@ -48,6 +50,12 @@ class Work:
         """Add an MLP."""
         self.linear(rows, width, 2 * hidden)
         self.elementwise += (MLP * width + HIDDEN * hidden) * rows
+        return self
+
+    def encoder(self, size: Size, rows: int, pairs: float) -> Work:
+        """Add the plain blocks of an encoder, each of which sees so many rows, and so many pairs of them."""
+        for _ in range(size.depth):
+            self.attention(size.width, size.heads, rows, pairs).mlp(size.width, size.mlp_width, rows)
         return self
 
     def __add__(self, other: Work) -> Work:
