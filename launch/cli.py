@@ -165,7 +165,7 @@ def evaluate(
         switches = {"--shuffle-frames": shuffle_frames, "--json": as_json}
         arguments += [name for name, wanted in switches.items() if wanted]
         raise typer.Exit(_evaluate_on_ranks(run, ranks, arguments))
-    from framework.evaluation.command import evaluate_command
+    from framework.exchange.evaluate import evaluate_command
 
     evaluate_command(
         run, views=views, shuffle_frames=shuffle_frames, ranks=ranks, weights=weights, as_json=as_json
@@ -234,7 +234,7 @@ def describe(
 @app.command()
 def pictures(run: Run) -> None:
     """Draw what a run's newest checkpoint has learned: kernels, what its tubes read, positions."""
-    from framework.evaluation.anatomy import pictures_command
+    from framework.exchange.pictures import pictures_command
 
     for path in pictures_command(run):
         typer.echo(path)

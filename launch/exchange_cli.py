@@ -138,7 +138,7 @@ def predict_command(
     as_json: AsJson = False,
 ) -> None:
     """Classify videos and images with a run's newest weights."""
-    from framework.evaluation.command import parse_views
+    from framework.exchange.evaluate import parse_views
     from framework.exchange.predict import Predictor
     from framework.exchange.run import open_finished
 

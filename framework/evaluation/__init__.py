@@ -1,1 +1,1 @@
-"""Evaluation: metrics over views of held-out samples, and the command that runs it on a run folder."""
+"""Evaluation: metrics over views of held-out samples, and pictures of what a model has learned."""

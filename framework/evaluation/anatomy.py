@@ -6,7 +6,7 @@ All are contact sheets in `RUN/pictures/`: `kernels-N-….png` for tube N, `cove
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,48 +19,41 @@ from framework.models.kernels import ResizedProjection
 from framework.models.registry import build_tokenizer, inputs_of
 from framework.models.tokenizer import TubeTokenizer
 from framework.models.tubes import Grid, sub_stride
-from framework.recipe import load_recipe
-from framework.recipe.schema import Tube
+from framework.recipe.schema import Recipe, Tube
 from framework.tracking.pictures import Tile, contact_sheet
-from framework.training.checkpoint import CheckpointReader, newest_valid
-from framework.training.storage import explain_os_error
 
-__all__ = ["coverage_tiles", "draw_anatomy", "kernel_tiles", "pictures_command", "position_tiles"]
+__all__ = ["PREFIX", "coverage_tiles", "draw_anatomy", "kernel_tiles", "position_tiles"]
 
 KERNELS = 16
 FRAMES = 8
 PREFIX = "tokenizer."
+"""Of the names of the tensors that are drawn."""
 COOL, WARM = np.array([247, 247, 250]), np.array([33, 84, 166])
 
 
-def pictures_command(run: Path) -> list[Path]:
-    """`tubeworks pictures RUN`: draw the newest valid checkpoint; returns the PNG files.
-
-    Errors:
-        CheckpointError: no valid checkpoint, or a picture cannot be written.
-    """
-    with explain_os_error(run / "pictures"):
-        return draw_anatomy(run, newest_valid(run))
-
-
 @torch.no_grad()
-def draw_anatomy(run: Path, checkpoint: Path) -> list[Path]:
-    """Draw the tokenizer of a checkpoint; returns the PNG files.
+def draw_anatomy(
+    recipe: Recipe, tensors: Iterable[tuple[str, Tensor]], step: int, folder: Path
+) -> list[Path]:
+    """Draw the tokenizer of a model; returns the PNG files.
+
+    Args:
+        recipe: what the model was trained by.
+        tensors: those whose names begin with `PREFIX`.
+        step: after which they are.
+        folder: where the pictures go.
 
     Errors:
-        CheckpointError: the checkpoint cannot be read, or is of another model.
+        RecipeError: a model with several tokenizers.
         OSError: a picture cannot be written.
     """
-    recipe = load_recipe(str(run / "recipe.yaml")).recipe
     inputs = inputs_of(recipe)
     tokenizer = build_tokenizer(recipe.model, inputs)
-    reader = CheckpointReader(checkpoint)
-    weights = {name.removeprefix(PREFIX): tensor for name, tensor in reader.tensors(prefix=PREFIX)}
-    tokenizer.load_state_dict(weights)
-    folder, drawn = run / "pictures", []
+    tokenizer.load_state_dict({name.removeprefix(PREFIX): tensor for name, tensor in tensors})
+    drawn = []
     for number, tube in enumerate(tokenizer.shapes):
         path = folder / f"kernels-{number + 1}-{_times(tube.kernel)}.png"
-        title = f"tube {number + 1}, {_times(tube.kernel)}: its strongest kernels after step {reader.step}"
+        title = f"tube {number + 1}, {_times(tube.kernel)}: its strongest kernels after step {step}"
         drawn.append(contact_sheet(kernel_tiles(tokenizer, number), path, title, frame_pixels=64))
     for name, spec in inputs.items():
         clip = _times((spec.frames, spec.size, spec.size))

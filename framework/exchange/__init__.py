@@ -1,1 +1,1 @@
-"""Weights from and to other libraries, and predictions for single files."""
+"""What is done with runs that were trained: evaluation, predictions, weights to and from other libraries."""

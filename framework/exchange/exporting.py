@@ -17,7 +17,7 @@ from torch import Tensor
 from framework.errors import ModelError, TubeworksError
 from framework.exchange.card import write_card
 from framework.exchange.hugging_face import config_of, preprocessor_of
-from framework.exchange.run import FinishedRun, Weights, open_finished
+from framework.exchange.run import FinishedRun, Weights, check_classifies, open_finished
 from framework.files import replace_text
 from framework.models.registry import size_of
 from framework.models.weights.convert import Target, to_format
@@ -73,6 +73,7 @@ def export_run(
     }
     name = None
     if kind != "safetensors":
+        check_classifies(run, finished.recipe)
         name, _ = finished.source(source)
     unfinished = out.with_name(f".{out.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)

@@ -20,7 +20,7 @@ from framework.data.samples import SampleReader
 from framework.data.sources import OpenSource
 from framework.errors import ModelError
 from framework.exchange.media import OneFile, describe_file
-from framework.exchange.run import Weights, open_finished
+from framework.exchange.run import Weights, check_classifies, open_finished
 from framework.recipe.schema import Evaluation, Source
 from framework.training.distributed import choose_device
 from framework.world import World
@@ -86,8 +86,9 @@ class Predictor:
             TubeworksError: no run, no valid checkpoint, no such source, no such device.
         """
         self._run = open_finished(Path(run), weights)
+        check_classifies(self._run.folder, self._run.recipe)
         self._device = choose_device(World()) if device is None else _usable(device)
-        self._model = self._run.model(self._device).requires_grad_(False)
+        self._model = self._run.model(self._device)
         settings: Evaluation = self._run.recipe.evaluation
         self._views = views or (settings.temporal_views, settings.spatial_views)
         if source is not None:

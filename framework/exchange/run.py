@@ -9,15 +9,16 @@ from typing import Literal
 import torch
 from torch import nn
 
-from framework.errors import ModelError, TubeworksError
+from framework.errors import ModelError, RecipeError, TubeworksError
 from framework.models.registry import build_model, inputs_of
 from framework.recipe import load_recipe
+from framework.recipe.model_sections import reconstructs
 from framework.recipe.schema import Recipe, Source
 from framework.training.checkpoint import load_weights, newest_valid, read_manifest
 from framework.training.checkpoint_manifest import AVERAGE
 from framework.training.data_facts import read_data_facts
 
-__all__ = ["FinishedRun", "Weights", "open_finished"]
+__all__ = ["FinishedRun", "Weights", "check_classifies", "open_finished", "recipe_of"]
 
 Weights = Literal["ema", "raw"]
 
@@ -36,12 +37,12 @@ class FinishedRun:
         """Of the checkpoint."""
         return int(read_manifest(self.checkpoint)["step"])
 
-    def model(self, device: torch.device) -> nn.Module:
-        """The model with these weights, in evaluation mode."""
+    def model(self, device: torch.device, dtype: torch.dtype = torch.float32) -> nn.Module:
+        """The model with these weights, ready to evaluate."""
         with torch.device("meta"):
             model = build_model(self.recipe.model, inputs_of(self.recipe))
         model.load_state_dict(load_weights(self.checkpoint, ema=self.averaged), assign=True)
-        return model.to(device).eval()
+        return model.to(device=device, dtype=dtype).eval().requires_grad_(False)
 
     def source(self, name: str | None) -> tuple[str, Source]:
         """The source of a name, or the only one.
@@ -64,15 +65,38 @@ class FinishedRun:
         return [str(entry) for entry in names] if len(names) == count else [str(n) for n in range(count)]
 
 
+def recipe_of(run: Path) -> Recipe:
+    """The recipe of a run.
+
+    Errors:
+        TubeworksError: no run has begun in the folder.
+        RecipeError: of the recipe.
+    """
+    if not (run / "recipe.yaml").is_file():
+        raise TubeworksError(f"{run} has no recipe.yaml: it is not the folder of a run that has begun")
+    return load_recipe(str(run / "recipe.yaml")).recipe
+
+
+def check_classifies(run: Path, recipe: Recipe) -> None:
+    """Refuse a run whose model gives losses and not logits.
+
+    Errors:
+        RecipeError: says what to do with it.
+    """
+    if reconstructs(recipe.model):
+        raise RecipeError(
+            f"{run} trains a masked autoencoder, which has no classifier: fine-tune it first, with "
+            f"`init: {{weights: {run}}}` and without `model.pretrain`"
+        )
+
+
 def open_finished(folder: Path, weights: Weights | None = None) -> FinishedRun:
     """The newest valid checkpoint of a run; averaged weights by default where there are any.
 
     Errors:
         TubeworksError: no run, no valid checkpoint, or no averages where they are asked for.
     """
-    if not (folder / "recipe.yaml").is_file():
-        raise TubeworksError(f"{folder} has no recipe.yaml: it is not the folder of a run that has begun")
-    recipe = load_recipe(str(folder / "recipe.yaml")).recipe
+    recipe = recipe_of(folder)
     checkpoint = newest_valid(folder)
     has_average = AVERAGE in read_manifest(checkpoint)["kinds"]
     if weights == "ema" and not has_average:

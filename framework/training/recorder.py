@@ -12,13 +12,14 @@ from functools import partial
 from framework.data.doctor import Verdict, diagnose
 from framework.data.loader import Batch
 from framework.errors import TubeworksError
-from framework.evaluation.anatomy import draw_anatomy
+from framework.evaluation.anatomy import PREFIX, draw_anatomy
 from framework.evaluation.run import AnyResult
 from framework.recipe import recipe_hash
 from framework.tracking import Journal, MlflowMirror, RunInfo
 from framework.tracking.mirror import Status
 from framework.tracking.pictures import batch_sheet
 from framework.tracking.system import SystemSampler
+from framework.training.checkpoint import CheckpointReader
 from framework.training.checkpoint_manifest import folder_of
 from framework.training.console import LiveLine, format_seconds
 from framework.training.run_folder import append_event
@@ -127,8 +128,10 @@ class Recorder:
         """The last step is done and saved: picture what was learned."""
         if not self._main:
             return
+        run = self._session.run
         try:
-            draw_anatomy(self._session.run, folder_of(self._session.run, step))
+            reader = CheckpointReader(folder_of(run, step))
+            draw_anatomy(self._session.recipe, reader.tensors(prefix=PREFIX), step, run / "pictures")
         except (OSError, TubeworksError) as error:  # a picture less must not make a whole run fail
             log.warning("the pictures of the model could not be drawn: %s", error)
 

@@ -14,7 +14,7 @@ from mlflow import MlflowClient
 from PIL import Image
 
 from framework.errors import CheckpointError, DataError, RecipeError, TubeworksError
-from framework.evaluation.command import evaluate_command, parse_views
+from framework.exchange.evaluate import evaluate_command, parse_views
 from framework.recipe import dump_yaml
 from framework.recipe.schema import Evaluation, Recipe
 from framework.tracking import read_journal

@@ -156,6 +156,18 @@ def test_tubelets_of_which_one_frame_is_read_are_in_no_other_library(tmp_path: P
         export_run(run, "hf", tmp_path / "out")
 
 
+def test_a_masked_autoencoder_has_no_logits_to_give(tmp_path: Path) -> None:
+    imported("videomae", tmp_path)
+    override, run = ("model.pretrain={ratio: 0.5}",), tmp_path / "new"
+    new, unused = ["decoder.*", "norm.*"], ["classifier.*", "fc_norm.*"]
+    import_weights(tmp_path / "file", str(tmp_path / "videomae.yaml"), override, run, new=new, unused=unused)
+    with pytest.raises(RecipeError, match="which has no classifier"):
+        Predictor(run)
+    with pytest.raises(RecipeError, match="which has no classifier"):
+        export_run(run, "onnx", tmp_path / "onnx")
+    assert export_run(run, "safetensors", tmp_path / "out").files
+
+
 def test_safetensors_keep_everything_under_our_names(tmp_path: Path) -> None:
     run = imported("vivit", tmp_path)
     folder = export_run(run, "safetensors", tmp_path / "out").folder

@@ -24,7 +24,7 @@ from framework.data.loader import training_batches
 from framework.data.manifest import Manifest
 from framework.data.sources import build_plan, open_sources
 from framework.errors import DataError, RecipeError, TrainingStopped
-from framework.evaluation.command import evaluate_run
+from framework.exchange.evaluate import evaluate_run
 from framework.recipe import load_recipe
 from framework.recipe.schema import Recipe
 from framework.targets import TargetSpec

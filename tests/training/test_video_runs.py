@@ -12,7 +12,7 @@ import torch
 from rank_processes import journalled, train_to_end
 
 from framework.errors import RecipeError
-from framework.evaluation.command import evaluate_run
+from framework.exchange.evaluate import evaluate_run
 from framework.models.registry import build_model, inputs_of
 from framework.recipe.schema import Recipe
 from framework.training.checkpoint import load_weights, newest_valid
@@ -104,7 +104,7 @@ def test_a_masked_autoencoder_trains_without_labels(masked_run: Path) -> None:
     assert 0 < metrics["train/motion/loss"] < 3
     assert not [name for name in metrics if "top" in name]
     assert not [name for name in load_weights(newest_valid(masked_run)) if name.startswith("heads.")]
-    with pytest.raises(RecipeError, match="no classifier to evaluate"):
+    with pytest.raises(RecipeError, match="which has no classifier"):
         evaluate_run(masked_run, World(0, 1, 0, 1))
 
 

@@ -17,21 +17,16 @@ from pathlib import Path
 
 import torch
 import torch.distributed
-from torch import nn
 
 from framework.data.sources import open_sources
 from framework.errors import DataError, RecipeError, TubeworksError
 from framework.evaluation.predictions import Predictions
 from framework.evaluation.report import EvaluationReport, show_table, write_report
 from framework.evaluation.run import evaluate
-from framework.models.registry import build_model, inputs_of
-from framework.recipe import load_recipe
-from framework.recipe.model_sections import reconstructs
+from framework.exchange.run import Weights, check_classifies, open_finished, recipe_of
 from framework.recipe.schema import Evaluation, Recipe
 from framework.tracking.journal import Journal, last_attempt
 from framework.tracking.mirror import sync_run
-from framework.training.checkpoint import load_weights, newest_valid, read_manifest
-from framework.training.checkpoint_manifest import AVERAGE
 from framework.training.distributed import Peers, choose_device
 from framework.training.rendezvous import meet
 from framework.world import World
@@ -90,23 +85,18 @@ def evaluate_run(
     Errors:
         TubeworksError: no run, no valid checkpoint, no held-out shards, no averaged weights, corrupt samples.
     """
-    if not (run / "recipe.yaml").is_file():
-        raise TubeworksError(f"{run} has no recipe.yaml: it is not the folder of a run that has begun")
-    recipe = load_recipe(str(run / "recipe.yaml")).recipe
-    if reconstructs(recipe.model):
-        raise RecipeError(
-            f"{run} trains a masked autoencoder, which has no classifier to evaluate: fine-tune it first, "
-            f"with `init: {{weights: {run}}}` and without `model.pretrain`"
-        )
-    settings = parse_views(views, recipe.evaluation)
-    sources = open_sources(recipe, "validation")
+    recipe = recipe_of(run)
+    check_classifies(run, recipe)
+    settings, wanted = parse_views(views, recipe.evaluation), _parse_weights(weights)
+    peers = Peers(world, torch.distributed.group.WORLD if world.size > 1 else None)
+    sources = peers.together(lambda: open_sources(recipe, "validation"))
     if not sources:
         raise DataError(f"no source of {recipe.name} has held-out shards: set data.sources.NAME.validation")
-    peers = Peers(world, torch.distributed.group.WORLD if world.size > 1 else None)
-    checkpoint = peers.on_main(lambda: newest_valid(run))
-    averaged = _wants_average(checkpoint, weights)
+    finished = peers.on_main(lambda: open_finished(run, wanted))  # which reads the whole checkpoint
     device = choose_device(world)
-    model = _load_model(recipe, checkpoint, averaged, device)
+    # bf16 only where the device is made for it
+    low = recipe.engine.precision == "bf16" and device.type == "cuda"
+    model = finished.model(device, torch.bfloat16 if low else torch.float32)
     predictions = Predictions(sources)
     results = evaluate(
         lambda pixels: model(pixels),
@@ -121,8 +111,8 @@ def evaluate_run(
     report = EvaluationReport(
         run=str(run),
         recipe=recipe.name,
-        step=int(read_manifest(checkpoint)["step"]),
-        weights="ema" if averaged else "raw",
+        step=finished.step,
+        weights="ema" if finished.averaged else "raw",
         views=(settings.temporal_views, settings.spatial_views),
         recipe_views=(recipe.evaluation.temporal_views, recipe.evaluation.spatial_views),
         shuffle_frames=shuffle_frames,
@@ -152,18 +142,10 @@ def parse_views(views: str | None, settings: Evaluation) -> Evaluation:
     return settings.model_copy(update={"temporal_views": int(temporal), "spatial_views": int(spatial)})
 
 
-def _wants_average(checkpoint: Path, weights: str | None) -> bool:
-    if weights not in (None, "ema", "raw"):
-        raise RecipeError(f"--weights {weights}: say ema or raw")
-    return weights == "ema" or (weights is None and AVERAGE in read_manifest(checkpoint)["kinds"])
-
-
-def _load_model(recipe: Recipe, checkpoint: Path, averaged: bool, device: torch.device) -> nn.Module:
-    """The model with a checkpoint's weights, ready to evaluate; bf16 only where the device is made for it."""
-    model = build_model(recipe.model, inputs_of(recipe))
-    model.load_state_dict(load_weights(checkpoint, ema=averaged))
-    dtype = torch.bfloat16 if recipe.engine.precision == "bf16" and device.type == "cuda" else torch.float32
-    return model.to(device=device, dtype=dtype).eval().requires_grad_(False)
+def _parse_weights(weights: str | None) -> Weights | None:
+    if weights is None or weights == "ema" or weights == "raw":
+        return weights
+    raise RecipeError(f"--weights {weights}: say ema or raw")
 
 
 def _record(run: Path, recipe: Recipe, report: EvaluationReport, predictions: Predictions) -> None:
