@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -37,7 +38,7 @@ from framework.training.held_out import evaluate_held_out
 from framework.training.initial import initialise
 from framework.training.memory import collected_by_hand, returned_memory
 from framework.training.meters import Meters
-from framework.training.numbers import NumbersGuard, Rollback
+from framework.training.numbers import Rollback
 from framework.training.optim import resolve_schedule
 from framework.training.recorder import Recorder
 from framework.training.retention import prune
@@ -54,7 +55,6 @@ from framework.training.session import Session
 from framework.training.signals import SignalFlag
 from framework.training.state import TrainState
 from framework.training.supervision import Supervision
-from framework.training.transfer import on_device
 from framework.training.update import Outcome, schedule_of, take_step
 from framework.watch.attempts import close_attempt
 from framework.watch.heart import Heart
@@ -109,10 +109,7 @@ def attempt_run(
         Rollback: on all ranks, when the next attempt is to begin at once in the same processes.
     """
     heart.beat("start")
-    asked = recipe
-    recipe = peers.on_main(lambda: fitted(asked, run, peers.world.size))
-    session = prepare(recipe, run, device, peers, signals, heart)
-    session.asked, session.supervision = asked, supervision
+    session = prepare(recipe, run, device, peers, signals, heart, supervision)
     hosts = list(dict.fromkeys(peers.gather(platform.node())))
     attempt = peers.on_main(lambda: record_attempt(session, hosts))
     heart.begin(attempt, session.start, peers.collectives)
@@ -147,9 +144,16 @@ def attempt_run(
 
 
 def prepare(
-    recipe: Recipe, run: Path, device: torch.device, peers: Peers, signals: SignalFlag, heart: Heart
+    asked: Recipe,
+    run: Path,
+    device: torch.device,
+    peers: Peers,
+    signals: SignalFlag,
+    heart: Heart,
+    supervision: Supervision | None,
 ) -> Session:
     """Everything that can fail before the first step: data, plan, checkpoint, model, engine."""
+    recipe = peers.on_main(lambda: fitted(asked, run, peers.world.size))
     sources, held_out, plan = peers.together(lambda: open_data(recipe, peers.world))
     peers.on_main(lambda: check_continuation(run, recipe, plan))
     peers.on_main(lambda: tidy(run))
@@ -160,7 +164,7 @@ def prepare(
     start = reader.step if reader else 0
     quarantine = agreed_quarantine(run, peers, reader.manifest if reader else None)
     # Before the model is built: the data workers are forked here, and would keep pages of its weights alive.
-    batches = training_batches(
+    loader = training_batches(
         recipe,
         sources,
         plan,
@@ -169,7 +173,34 @@ def prepare(
         stop_step=recipe.train.steps,
         quarantine=quarantine,
     )
+    engine, state, origin = build(recipe, reader, peers, heart)
+    return Session(
+        asked=asked,
+        recipe=recipe,
+        run=run,
+        device=device,
+        peers=peers,
+        signals=signals,
+        heart=heart,
+        supervision=supervision,
+        sources=sources,
+        held_out=held_out,
+        plan=plan,
+        loader=loader,
+        engine=engine,
+        state=state,
+        saver=saver_of(recipe, run, peers, heart),
+        start=start,
+        counted=reader.manifest.get("counters", ()) if reader else (),
+        skipped=reader.manifest["skipped_steps"] if reader else 0,
+        origin=origin,
+    )
 
+
+def build(
+    recipe: Recipe, reader: CheckpointReader | None, peers: Peers, heart: Heart
+) -> tuple[Any, TrainState, dict[str, Any] | None]:
+    """The engine with its model, the trainable state, and where the weights of a new run come from."""
     heart.beat("start")
     with returned_memory():
         torch.manual_seed(recipe.seed)
@@ -184,28 +215,7 @@ def prepare(
         state = TrainState(engine, recipe.train.ema_decay)
         if reader:
             state.restore(reader.read, reader.kinds, reader.manifest["optimizer_steps"])
-    return Session(
-        recipe,
-        run,
-        device,
-        peers,
-        signals,
-        sources,
-        held_out,
-        plan,
-        batches,
-        on_device(batches, device),
-        heart,
-        NumbersGuard(recipe),
-        engine,
-        state,
-        saver_of(recipe, run, peers, heart),
-        start,
-        start,
-        counted=reader.manifest.get("counters", ()) if reader else (),
-        skipped=reader.manifest["skipped_steps"] if reader else 0,
-        origin=origin,
-    )
+    return engine, state, origin
 
 
 def saver_of(recipe: Recipe, run: Path, peers: Peers, heart: Heart) -> Saver:

@@ -21,58 +21,61 @@ from framework.training.saver import Saver
 from framework.training.signals import SignalFlag
 from framework.training.state import TrainState
 from framework.training.supervision import Supervision
-from framework.training.transfer import Closable
+from framework.training.transfer import Closable, on_device
 from framework.watch.heart import Heart
 
 __all__ = ["Session"]
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Session:
     """The parts of an attempt, made by `framework.training.loop.prepare`."""
 
+    asked: Recipe
+    """The recipe as the user wrote it."""
     recipe: Recipe
+    """The same, fitted to this number of ranks."""
     run: Path
     device: torch.device
     peers: Peers
     signals: SignalFlag
+    heart: Heart
+    """Tells the sentinel of this rank where it is."""
+    supervision: Supervision | None
+    """Who started this attempt and may start the next; None: a person."""
     sources: dict[str, OpenSource]
     held_out: dict[str, OpenSource]
     """Held-out samples of the sources that have some."""
     plan: Plan
     loader: TrainingBatches
     """Makes the micro-batches of the steps that are left, of this rank."""
-    batches: Closable[Batch]
-    """Those micro-batches, on the device."""
-    heart: Heart
-    """Tells the sentinel of this rank where it is."""
-    guard: NumbersGuard
-    """Judges the numbers of every step."""
     engine: Any
     """DeepSpeed's engine; its `module` is the model."""
     state: TrainState
     saver: Saver
     start: int
     """Steps that were done when the attempt began."""
-    done: int = 0
-    """Steps that are done now."""
-    counted: Sequence[Mapping[str, Any]] = ()
+    counted: Sequence[Mapping[str, Any]]
     """What every rank had counted when the checkpoint was saved (see `framework.training.counters`)."""
-    skipped: int = 0
+    skipped: int
     """Steps that the optimizer did not apply, in this attempt and before."""
-    origin: dict[str, Any] | None = None
+    origin: dict[str, Any] | None
     """Where the weights come from, if from another run and in this attempt."""
-    supervision: Supervision | None = None
-    """Who started this attempt and may start the next; None: a person."""
-    asked: Recipe = field(init=False)
-    """The recipe as the user wrote it; `recipe` may be fitted to another number of ranks."""
+
+    done: int = field(init=False)
+    """Steps that are done now."""
+    batches: Closable[Batch] = field(init=False)
+    """The loader's micro-batches, on the device."""
+    guard: NumbersGuard = field(init=False)
+    """Judges the numbers of every step."""
     ledger: Ledger = field(init=False)
     """What this rank has fed since the last checkpoint."""
-
     requests: Requests = field(init=False)
     """What an operator asks of this training."""
 
     def __post_init__(self) -> None:
-        self.asked = self.recipe
+        self.done = self.start
+        self.batches = on_device(self.loader, self.device)
+        self.guard = NumbersGuard(self.recipe)
         self.ledger = Ledger(self.start)
         self.requests = Requests(self.run, is_main=self.peers.world.is_main)
