@@ -1,12 +1,6 @@
-"""What a model costs: parameters, tokens and operations, computed from its shape alone.
+"""What a TubeViT costs: parameters, tokens and operations, computed from its shape alone.
 
-Operations of one forward pass of one sample are given in the three ways in which papers count them:
-
-- `multiply_adds`: one multiplication with its addition counts 1 (what most tables call FLOPs).
-- `flops`: the same counted 2, what the data sheets of accelerators and utilisation figures mean.
-- `published`: multiply-adds, plus what the authors' tool adds for softmax (2 per attention logit) and for
-  norms, GELU, biases and residuals (22,800 per token and layer at width 768). The authors' ViViT paper counts
-  so (arXiv 2103.15691, Table 2).
+The ways in which operations are counted stand in `framework.models.work`.
 """
 
 from __future__ import annotations
@@ -21,29 +15,17 @@ from framework.models.inputs import InputSpec
 from framework.models.kernels import ResizedProjection
 from framework.models.pooling import AttentionPool, MapPool, ScalarPool
 from framework.models.tubes import CHANNELS
-from framework.models.tubevit import Size, TubeViT
+from framework.models.tubevit import TubeViT
+from framework.models.work import Work
 from framework.recipe.schema import Tube
 
 __all__ = [
-    "Cost",
     "Parameters",
     "count_parameters",
-    "encoder_multiply_adds",
     "forward_cost",
     "multiply_adds",
     "sequence_length",
 ]
-
-ELEMENTWISE = 22.8e3 / 768  # per token, layer and channel
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Operations of one forward pass of one sample; see the module for the ways of counting."""
-
-    multiply_adds: int
-    flops: int
-    published: int
 
 
 @dataclass(frozen=True)
@@ -92,40 +74,35 @@ def _count(module: nn.Module | None) -> int:
     return 0 if module is None else sum(parameter.numel() for parameter in module.parameters())
 
 
-def forward_cost(model: TubeViT, spec: InputSpec) -> Cost:
-    """Operations of one forward pass of one sample of a source.
+def forward_cost(model: TubeViT, spec: InputSpec) -> Work:
+    """What one forward pass of one sample of a source takes.
 
     Resizing a shared kernel is left out: it is done once per step, whatever the number of samples.
     """
-    size, tokens = model.size, sequence_length(model, spec)
     grids = model.tokenizer.grids((spec.frames, spec.size, spec.size))
-    parts = [(model.tokenizer.shapes[grid.tube], grid.tokens) for grid in grids]
-    work = multiply_adds(model, parts, spec.classes)
-    softmax = 2 * size.depth * size.heads * tokens**2
-    elementwise = ELEMENTWISE * size.width * tokens * size.depth
-    return Cost(multiply_adds=work, flops=2 * work, published=round(work + softmax + elementwise))
+    return _work(model, [(model.tokenizer.shapes[grid.tube], grid.tokens) for grid in grids], spec.classes)
 
 
 def multiply_adds(model: TubeViT, tubes: Sequence[tuple[Tube, int]], classes: int) -> int:
     """Multiply-adds of one sample, if the model read it with these tubes, each with its number of tokens."""
-    width = model.size.width
+    return _work(model, tubes, classes).multiply_adds
+
+
+def _work(model: TubeViT, tubes: Sequence[tuple[Tube, int]], classes: int) -> Work:
+    width, work = model.size.width, Work()
+    for tube, count in tubes:
+        # a token's sub-tubes share its width, so Space-to-Depth leaves the work at volume x width
+        work.linear(count, CHANNELS * math.prod(tube.kernel), width)
     tokens = sum(count for _, count in tubes) + (model.class_token is not None)
-    # a token's sub-tubes share its width, so Space-to-Depth leaves the work at volume x width
-    embedding = sum(count * CHANNELS * math.prod(tube.kernel) * width for tube, count in tubes)
-    encoder = encoder_multiply_adds(model.size, tokens)
-    return embedding + encoder + _pooling_multiply_adds(model, tokens) + width * classes
+    work.encoder(model.size, tokens, tokens**2)
+    work.multiply_adds += _pooling_multiply_adds(model, tokens)
+    return work.linear(1, width, classes)
 
 
 def sequence_length(model: TubeViT, spec: InputSpec) -> int:
     """Tokens of one sample of a source as the encoder sees them, a class token included."""
     grids = model.tokenizer.grids((spec.frames, spec.size, spec.size))
     return sum(grid.tokens for grid in grids) + (model.class_token is not None)
-
-
-def encoder_multiply_adds(size: Size, tokens: int) -> int:
-    """Multiply-adds of all blocks for one sample of so many tokens."""
-    projections = tokens * (4 * size.width**2 + 2 * size.width * size.mlp_width)
-    return size.depth * (projections + 2 * tokens**2 * size.width)
 
 
 def _pooling_multiply_adds(model: TubeViT, tokens: int) -> int:

@@ -5,7 +5,7 @@ The description is made for programs, and for comparing with what papers print. 
 - `name`, and the numbers of the encoder; `position`, `pool` and `kernels` as in the recipe;
 - `tokens`: of one sample of each source, a class token included;
 - `parameters`, `encoder_parameters` (see `cost.Parameters`) and `parameter_groups`, the parts;
-- `cost`: of one forward pass of one view, in 1e9, counted in three ways (see `cost`): `mac`, `hlo_half` and
+- `cost`: of one forward pass of one view, in 1e9, counted in three ways (see `work`): `mac`, `hlo_half` and
   `flop`. For a model that is described by its name alone, those of a clip; for a recipe, per source;
 - `tubes`, and `sources` with the grids, cost and coverage of each.
 """
@@ -28,7 +28,7 @@ from torch import nn
 from framework.errors import RecipeError
 from framework.models.cost import count_parameters, forward_cost, sequence_length
 from framework.models.coverage import coverage, search
-from framework.models.describe_video import describe_video_model, video_tables
+from framework.models.describe_video import cost_of, describe_video_model, video_tables
 from framework.models.inputs import InputSpec, inputs_of
 from framework.models.mtv import MTV
 from framework.models.registry import build_model, model_names
@@ -222,17 +222,13 @@ def search_tubes(
 
 def _describe_source(model: TubeViT, spec: InputSpec) -> dict[str, Any]:
     clip = (spec.frames, spec.size, spec.size)
-    grids, cost = model.tokenizer.grids(clip), forward_cost(model, spec)
+    grids = model.tokenizer.grids(clip)
     return {
         **{key: value for key, value in asdict(spec).items() if key != "heads" or value},
         "tokens": sequence_length(model, spec),
         "coverage": coverage(model.tokenizer.shapes, clip),
         "grids": [{"tube": grid.tube, "shape": list(grid.shape), "tokens": grid.tokens} for grid in grids],
-        "cost": {
-            "mac": cost.multiply_adds / 1e9,
-            "hlo_half": cost.published / 1e9,
-            "flop": cost.flops / 1e9,
-        },
+        "cost": cost_of(forward_cost(model, spec)),
     }
 
 

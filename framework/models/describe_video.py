@@ -21,7 +21,7 @@ from framework.models.video_model import VideoModel
 from framework.models.work import Work
 from framework.recipe.schema import Model, Recipe
 
-__all__ = ["describe_video_model", "video_tables"]
+__all__ = ["cost_of", "describe_video_model", "video_tables"]
 
 
 def describe_video_model(
@@ -68,7 +68,7 @@ def cost_of(work: Work) -> dict[str, float]:
     return {
         "mac": work.multiply_adds / 1e9,
         "hlo_half": work.published / 1e9,
-        "flop": 2 * work.multiply_adds / 1e9,
+        "flop": work.flops / 1e9,
     }
 
 

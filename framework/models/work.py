@@ -1,4 +1,11 @@
-"""Operations of a transformer, added up from its parts (see `cost` for the ways of counting).
+"""Operations of a transformer, added up from its parts.
+
+Those of one forward pass of one sample are given in the three ways in which papers count them:
+
+- `multiply_adds`: one multiplication with its addition counts 1 (what most tables call FLOPs).
+- `flops`: the same counted 2, what the data sheets of accelerators and utilisation figures mean.
+- `published`: multiply-adds, plus what the authors' tool adds for softmax (2 per attention logit) and for
+  norms, GELU, biases and residuals. The authors' ViViT paper counts so (arXiv 2103.15691, Table 2).
 
 What the authors' tool adds to multiply-adds is 2 per attention logit, and for norms, GELU, biases and
 residuals 22,800 per token and layer at width 768; a second attention in a layer adds a fifth of that. The
@@ -29,6 +36,11 @@ class Work:
     elementwise: float = 0.0
 
     @property
+    def flops(self) -> int:
+        """A multiply-add counted as two."""
+        return 2 * self.multiply_adds
+
+    @property
     def published(self) -> int:
         """As the authors' tool counts."""
         return round(self.multiply_adds + 2 * self.logits + self.elementwise)
@@ -54,8 +66,10 @@ class Work:
 
     def encoder(self, size: Size, rows: int, pairs: float) -> Work:
         """Add the plain blocks of an encoder, each of which sees so many rows, and so many pairs of them."""
-        for _ in range(size.depth):
-            self.attention(size.width, size.heads, rows, pairs).mlp(size.width, size.mlp_width, rows)
+        block = Work().attention(size.width, size.heads, rows, pairs).mlp(size.width, size.mlp_width, rows)
+        self.multiply_adds += size.depth * block.multiply_adds
+        self.logits += size.depth * block.logits
+        self.elementwise += size.depth * block.elementwise
         return self
 
     def __add__(self, other: Work) -> Work:

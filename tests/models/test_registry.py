@@ -16,7 +16,8 @@ from framework.models import InputSpec, TubeViT, build_model, inputs_of, model_n
 from framework.models.cost import count_parameters, forward_cost
 from framework.models.describe import describe, describe_command
 from framework.models.registry import size_of
-from framework.recipe.schema import Model, Pool, Recipe, Tube
+from framework.models.video_model import VideoModel
+from framework.recipe.schema import Model, Pool, Recipe, Tube, ViT
 
 # the two classifiers of the paper's joint training (§3.5): Kinetics-600 and ImageNet-1k
 JOINT = {"video": InputSpec("video", 32, 224, 600), "image": InputSpec("image", 1, 224, 1000)}
@@ -79,6 +80,19 @@ def test_cost_is_what_torch_counts(clip: tuple[int, int], classes: int, pool: Po
     ):
         model({"source": torch.zeros(1, 3, clip[0], clip[1], clip[1])})
     assert forward_cost(model, spec).flops == counter.get_total_flops()
+
+
+@pytest.mark.parametrize("mlp_width", [768, 100])
+def test_a_tubevit_of_patches_alone_costs_what_the_vit_does(mlp_width: int) -> None:
+    spec = InputSpec("image", 1, 64, 5)
+    patches = (Tube(kernel=(1, 16, 16), stride=(1, 16, 16)),)
+    tubes = Model(name="tubevit_ti", tubes=patches, pool="class_token", mlp_width=mlp_width)
+    with torch.device("meta"):
+        ours = build_model(tubes, {"source": spec})
+        theirs = build_model(ViT(name="vit_ti", mlp_width=mlp_width), {"source": spec})
+    assert isinstance(ours, TubeViT)
+    assert isinstance(theirs, VideoModel)
+    assert forward_cost(ours, spec) == theirs.work(spec)
 
 
 def test_cost_is_that_of_the_paper() -> None:
