@@ -17,7 +17,7 @@ from framework.errors import PeerLost, TubeworksError
 from framework.training.rendezvous import meet
 from framework.world import World
 
-__all__ = ["Peers", "choose_device", "peer_lost", "start_process_group"]
+__all__ = ["Peers", "choose_device", "peer_lost", "rank_variables", "start_process_group"]
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ def start_process_group(
             "a free port there, the same for all"
         )
     os.environ.setdefault("DS_ACCELERATOR", device.type)
-    os.environ.update(RANK=str(world.rank), WORLD_SIZE=str(world.size), LOCAL_RANK=str(world.local_rank))
+    os.environ.update(rank_variables(world, device))
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "0" if world.size == 1 else "29500")
     # DeepSpeed calls what torch has renamed; its users cannot do anything about it, step after step.
@@ -66,15 +66,27 @@ def start_process_group(
         # run leaves its segments behind; gloo needs neither.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     backend = "nccl" if device.type == "cuda" else "gloo"
+    limit = timedelta(seconds=max(1800.0, seconds))
     deepspeed.init_distributed(
         dist_backend=backend,
         auto_mpi_discovery=False,
         dist_init_required=None,
         verbose=False,
-        timeout=timedelta(seconds=max(1800.0, seconds)),
+        timeout=limit,
     )
-    group = dist.new_group(backend="gloo") if backend != "gloo" else dist.group.WORLD
+    # a group has a time limit of its own, whatever that of the others is
+    group = dist.new_group(backend="gloo", timeout=limit) if backend != "gloo" else dist.group.WORLD
     return Peers(world, group)
+
+
+def rank_variables(world: World, device: torch.device) -> dict[str, str]:
+    """What DeepSpeed reads from the environment about a rank.
+
+    It takes LOCAL_RANK for the index of the rank's GPU. Where Slurm shows each task its own GPU alone, that is
+    0 for all of them, whatever their number on the node is.
+    """
+    place = world.local_rank if device.index is None else device.index
+    return {"RANK": str(world.rank), "WORLD_SIZE": str(world.size), "LOCAL_RANK": str(place)}
 
 
 def peer_lost(error: RuntimeError) -> PeerLost | None:

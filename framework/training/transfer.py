@@ -61,6 +61,8 @@ def _copied(batches: Closable[Batch], device: torch.device) -> Generator[Batch, 
     stream = torch.cuda.Stream(device)
 
     def copy(batch: Batch) -> tuple[Batch, torch.cuda.Event]:
+        # A thread starts at GPU 0, and going back there would take half a gigabyte of it for every rank.
+        torch.cuda.set_device(device)
         with torch.cuda.stream(stream):
             there = copied(batch, device)
             done = torch.cuda.Event()
