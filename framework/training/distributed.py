@@ -82,8 +82,8 @@ def start_process_group(
 def rank_variables(world: World, device: torch.device) -> dict[str, str]:
     """What DeepSpeed reads from the environment about a rank.
 
-    It takes LOCAL_RANK for the index of the rank's GPU. Where Slurm shows each task its own GPU alone, that is
-    0 for all of them, whatever their number on the node is.
+    It takes LOCAL_RANK for the index of the rank's GPU. Where Slurm shows each task its own GPU alone, that
+    is 0 for all of them, whatever their number on the node is.
     """
     place = world.local_rank if device.index is None else device.index
     return {"RANK": str(world.rank), "WORLD_SIZE": str(world.size), "LOCAL_RANK": str(place)}

@@ -53,7 +53,8 @@ def deepspeed_config(recipe: Recipe, world: World) -> dict[str, Any]:
         "steps_per_print": 2**31,
     }
     if engine.precision == "bf16":
-        config["bf16"] = {"enabled": True}
+        # Each gradient is added to the fp32 sum and freed as soon as it is there, not all of them at the end.
+        config["bf16"] = {"enabled": True, "immediate_grad_update": True}
         config["data_types"] = {"grad_accum_dtype": "fp32"}
     return config
 
@@ -85,6 +86,8 @@ def start_engine(model: nn.Module, recipe: Recipe, world: World) -> Any:
     """
     import deepspeed
 
+    from framework.training.zero1 import take_over
+
     if recipe.train.compile:
         compile_blocks(model)
     optimizer = build_optimizer(model, recipe.optimizer)
@@ -93,4 +96,5 @@ def start_engine(model: nn.Module, recipe: Recipe, world: World) -> Any:
         engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=deepspeed_config(recipe, world), dist_init_required=False
         )
+    take_over(engine.optimizer)
     return engine

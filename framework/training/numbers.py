@@ -21,6 +21,7 @@ from framework.data.loader import Batch
 from framework.data.quarantine import Quarantined, append_quarantine
 from framework.errors import TrainingStopped
 from framework.recipe.schema import Recipe
+from framework.training.readback import Readback
 from framework.training.run_folder import append_event
 from framework.watch.attempts import attempts_of, newest_checkpoint
 
@@ -77,8 +78,7 @@ class StepNumbers:
         self._share = 1.0 / micro_batches
         self._left = micro_batches
         self._total = torch.zeros((), dtype=torch.float64, device=device)
-        self._host = torch.zeros((), dtype=torch.float64, pin_memory=device.type == "cuda")
-        self._copied = torch.cuda.Event() if device.type == "cuda" else None
+        self._loss: Readback | None = None
         self._rows: list[tuple[str, Tensor, Tensor]] = []
 
     def add(self, source: str, index: Tensor, outputs: Tensor) -> None:
@@ -91,15 +91,12 @@ class StepNumbers:
         self._total += loss.detach().double() * self._share
         self._left -= 1
         if self._left == 0:
-            self._host.copy_(self._total, non_blocking=True)
-            if self._copied is not None:
-                self._copied.record()
+            self._loss = Readback(self._total)
 
     def loss(self) -> float:
-        """The mean loss of this rank's share of the step."""
-        if self._copied is not None:
-            self._copied.synchronize()
-        return float(self._host)
+        """The mean loss of this rank's share of the step, once all of its micro-batches are counted."""
+        assert self._loss is not None
+        return float(self._loss.read())
 
     def not_finite(self) -> list[Sample]:
         """The samples (source, index) with NaN or Inf among their logits."""
