@@ -29,6 +29,7 @@ __all__ = [
     "LayerNorm",
     "Linear",
     "add",
+    "divide",
     "join",
     "matrix",
     "rows",
@@ -52,6 +53,11 @@ def matrix(parts: Sequence[Tensor]) -> tuple[Tensor, Groups]:
     """The token matrix of parts (samples, tokens, width), and its groups."""
     groups = tuple((part.shape[0], part.shape[1]) for part in parts)
     return join([part.flatten(0, 1) for part in parts]), groups
+
+
+def divide(tokens: Tensor, groups: Groups) -> Sequence[Tensor]:
+    """The rows of each group, without a copy of the gradients when there is only one."""
+    return (tokens,) if len(groups) == 1 else tokens.split(rows(groups))
 
 
 class Linear(nn.Linear):
@@ -109,15 +115,17 @@ class Attention(nn.Module):
 
     def forward(self, tokens: Tensor, groups: Groups) -> Tensor:
         """Attend; tokens (total_tokens, width) to the same shape."""
-        parts = self.qkv(tokens).split(rows(groups))
+        parts = divide(self.qkv(tokens), groups)
         attended = [self._attend(part, *group) for part, group in zip(parts, groups, strict=True)]
         return self.proj(join(attended))
 
     def _attend(self, qkv: Tensor, samples: int, tokens: int) -> Tensor:
         width = qkv.shape[-1] // 3
         qkv = qkv.view(samples, tokens, 3, self.heads, width // self.heads)
+        # Cut where they lie and turned afterwards: the backward pass then writes the three gradients side by
+        # side as the projection takes them, where turning first would cost one more copy.
         # each (samples, heads, tokens, width / heads)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        query, key, value = (part.transpose(1, 2) for part in qkv.unbind(2))
         attended = F.scaled_dot_product_attention(query, key, value)
         return attended.transpose(1, 2).reshape(samples * tokens, width)
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from framework.models.layers import MLP, Groups, LayerNorm, Linear, join, rows
+from framework.models.layers import MLP, Groups, LayerNorm, Linear, divide, join
 from framework.recipe.schema import Pool
 
 __all__ = [
@@ -51,7 +51,7 @@ class AttentionPool(nn.Module):
         scores = F.linear(tokens, self.query) * width**-0.5  # (total_tokens, heads)
         averages = []
         for part, score, (samples, length) in zip(
-            tokens.split(rows(groups)), scores.split(rows(groups)), groups, strict=True
+            divide(tokens, groups), divide(scores, groups), groups, strict=True
         ):
             weights = score.view(samples, length, self.heads).softmax(dim=1, dtype=torch.float32)
             values = part.view(samples, length, width)
@@ -86,7 +86,7 @@ class ScalarPool(nn.Module):
     def forward(self, tokens: Tensor, groups: Groups) -> Tensor:
         """Pool; (total_tokens, width) to (total_samples, width)."""
         scores = F.linear(tokens, self.query.unsqueeze(0)) * tokens.shape[-1] ** -0.5
-        parts = zip(tokens.split(rows(groups)), scores.split(rows(groups)), groups, strict=True)
+        parts = zip(divide(tokens, groups), divide(scores, groups), groups, strict=True)
         averages = []
         for part, score, (samples, length) in parts:
             weights = score.view(samples, 1, length).softmax(dim=-1, dtype=torch.float32)
@@ -115,9 +115,7 @@ class MapPool(nn.Module):
     def forward(self, tokens: Tensor, groups: Groups) -> Tensor:
         """Pool; (total_tokens, width) to (total_samples, width)."""
         query = self.to_query(self.query)  # (1, width), the same for all samples
-        parts = zip(
-            self.key(tokens).split(rows(groups)), self.value(tokens).split(rows(groups)), groups, strict=True
-        )
+        parts = zip(divide(self.key(tokens), groups), divide(self.value(tokens), groups), groups, strict=True)
         attended = self.proj(join([self._attend(query, *part) for part in parts]))
         return attended + self.mlp(self.norm(attended))
 
@@ -144,7 +142,7 @@ class ClassToken(nn.Module):
     def forward(self, tokens: Tensor, groups: Groups) -> tuple[Tensor, Groups]:
         """Add the token: the token matrix (total_tokens + total_samples, width), and its groups."""
         longer = []
-        for part, (samples, length) in zip(tokens.split(rows(groups)), groups, strict=True):
+        for part, (samples, length) in zip(divide(tokens, groups), groups, strict=True):
             first = self.weight.to(part.dtype).expand(samples, 1, -1)
             longer.append(torch.cat((first, part.view(samples, length, -1)), dim=1).flatten(0, 1))
         return join(longer), tuple((samples, length + 1) for samples, length in groups)
@@ -155,7 +153,7 @@ class FirstToken(nn.Module):
 
     def forward(self, tokens: Tensor, groups: Groups) -> Tensor:
         """Pool; (total_tokens, width) to (total_samples, width)."""
-        parts = zip(tokens.split(rows(groups)), groups, strict=True)
+        parts = zip(divide(tokens, groups), groups, strict=True)
         return join([part.view(*group, -1)[:, 0] for part, group in parts])
 
 
@@ -164,5 +162,5 @@ class MeanPool(nn.Module):
 
     def forward(self, tokens: Tensor, groups: Groups) -> Tensor:
         """Pool; (total_tokens, width) to (total_samples, width)."""
-        parts = zip(tokens.split(rows(groups)), groups, strict=True)
+        parts = zip(divide(tokens, groups), groups, strict=True)
         return join([part.view(*group, -1).mean(dim=1) for part, group in parts])
