@@ -53,7 +53,7 @@ def draw_mixing(alpha: float, seeds: Tensor, source: str) -> Mixing | None:
 def mix_pixels(pixels: Tensor, mixing: Mixing) -> Tensor:
     """Blend each sample with its partner: uint8 (batch, 3, frames, height, width) in and out."""
     share = mixing.share.view(-1, 1, 1, 1, 1)
-    blended = pixels.float() * share + pixels[mixing.partner].float() * (1 - share)
+    blended = torch.addcmul(pixels * share, pixels[mixing.partner], 1 - share)
     return blended.round_().to(torch.uint8)
 
 

@@ -21,7 +21,7 @@ from framework.data.loader import Batch
 from framework.data.quarantine import Quarantined, append_quarantine
 from framework.errors import TrainingStopped
 from framework.recipe.schema import Recipe
-from framework.training.readback import Readback
+from framework.training.host import Readback
 from framework.training.run_folder import append_event
 from framework.watch.attempts import attempts_of, newest_checkpoint
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from framework.recipe.schema import Source
-from framework.training.losses import draw_mixing, mix_pixels, source_loss
+from framework.training.host import sent
+from framework.training.losses import Mixing, draw_mixing, mix_pixels, source_loss
 from framework.training.meters import Meters
 
 if TYPE_CHECKING:  # a step needs no shards, and `benchmarks.train_step` runs where their libraries are not
@@ -35,14 +36,11 @@ def micro_step(
     seeds: dict[str, Tensor] = {}
     mixings = {}
     for name, group in batch.groups.items():
-        mixings[name] = draw_mixing(sources[name].mixup, group.seeds, name)
+        drawn = draw_mixing(sources[name].mixup, group.seeds, name)
+        mixing = mixings[name] = drawn and Mixing(sent(drawn.share, device))
         seeds[name] = group.seeds.to(device, non_blocking=True)
         frames = group.pixels.to(device, non_blocking=True)
-        mixing = mixings[name]
-        if mixing is not None:
-            mixing.share, mixing.partner = mixing.share.to(device), mixing.partner.to(device)
-            frames = mix_pixels(frames, mixing)
-        pixels[name] = frames
+        pixels[name] = frames if mixing is None else mix_pixels(frames, mixing)
     logits = engine(pixels, seeds)
     own_losses = engine.module.returns_losses
     total = torch.zeros((), device=device)

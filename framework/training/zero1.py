@@ -1,9 +1,9 @@
-"""The update of ZeRO-1 in bf16: each rank reduces, measures and steps its share, and waits for nothing before.
+"""The update of ZeRO-1 in bf16: each rank reduces, measures and steps its share of the model.
 
-DeepSpeed's own class holds the flat tensors and the mapping of parameters to them; all that is left to it. Its
-update, though, works on the gradients of the whole model on every rank, tensor by tensor, and waits for the
-device twice before the optimizer has been queued. Bytes that one rank's GPU moves for a parameter in a step of
-one micro-batch, alone: 88 there, 44 here.
+DeepSpeed's own class holds the flat tensors and knows which parameter lies where in them; all that is left to
+it. Its update, though, works on the gradients of the whole model on every rank, tensor by tensor, and lets the
+host wait for the device twice before the optimizer is queued. What it moves through the memory of a rank that
+is alone is 88 bytes a parameter in a step of one micro-batch, here it is 44.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch.distributed as dist
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from torch import Tensor
 
-from framework.training.readback import Readback
+from framework.training.host import Readback
 
 __all__ = ["Zero1", "take_over"]
 

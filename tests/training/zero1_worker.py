@@ -60,7 +60,7 @@ def run_steps(recipe: Recipe, world: World) -> dict[str, Any]:
             engine.backward(loss * torch.inf if step == 2 and world.rank == 1 else loss)
             with Names() as names:
                 engine.step()
-        found["names"] = names.names
+            found["names"] = names.names
         found["norms"].append(float(engine.get_global_grad_norm()))
         found["applied"].append(engine.was_step_applied())
     states = engine.optimizer.optimizer.state.values()

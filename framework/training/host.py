@@ -1,11 +1,17 @@
-"""Small results of the device, on their way to the host."""
+"""Small tensors on their way from the host to the device and back, while the device computes."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-__all__ = ["Readback"]
+__all__ = ["Readback", "sent"]
+
+
+def sent(values: Tensor, device: torch.device) -> Tensor:
+    """A small tensor of the host on the device; a copy from memory that is not pinned would wait for it."""
+    pinned = values.pin_memory() if device.type == "cuda" else values
+    return pinned.to(device, non_blocking=True)
 
 
 class Readback:
