@@ -325,7 +325,7 @@ class Saver:
         """Whether every node has memory for the copies of its ranks; asked once, because they are kept."""
         if self._copies is not None:
             return True
-        needed = share.bytes * self._peers.world.local_size
+        needed = share.host_bytes * self._peers.world.local_size
         available = available_memory()
         lacks = needed > available * (1 - SPARE_SHARE)
         if self._peers.highest([lacks])[0]:

@@ -56,7 +56,19 @@ class Share:
     @property
     def bytes(self) -> int:
         """The size of all tensors."""
-        return sum(t.numel() * t.element_size() for tensors in self.files.values() for t in tensors.values())
+        return sum(tensor.nbytes for tensors in self.files.values() for tensor in tensors.values())
+
+    @property
+    def host_bytes(self) -> int:
+        """What copies of them take: torch gives pinned memory in powers of two."""
+        sizes = [
+            1 << (tensor.nbytes - 1).bit_length()
+            if tensor.nbytes and tensor.device.type != "cpu"
+            else tensor.nbytes
+            for tensors in self.files.values()
+            for tensor in tensors.values()
+        ]
+        return sum(sizes)
 
 
 class HostCopies:

@@ -1,9 +1,9 @@
 """The update of ZeRO-1 in bf16: each rank reduces, measures and steps its share of the model.
 
-DeepSpeed's own class holds the flat tensors and knows which parameter lies where in them; all that is left to
-it. Its update, though, works on the gradients of the whole model on every rank, tensor by tensor, and lets the
-host wait for the device twice before the optimizer is queued. What it moves through the memory of a rank that
-is alone is 88 bytes a parameter in a step of one micro-batch, here it is 44.
+DeepSpeed's own class holds the flat tensors and knows which parameter lies where; all that is left to it. Its
+update, though, works on the gradients of the whole model on every rank, tensor by tensor, and lets the host
+wait for the device twice before the optimizer is queued. What it moves through the memory of a rank that is
+alone is 88 bytes a parameter in a step of one micro-batch, here it is 44.
 """
 
 from __future__ import annotations

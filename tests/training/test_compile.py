@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from functools import partialmethod
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from rank_processes import start_training, train_to_end
 
 from framework.errors import RecipeError
+from framework.models.registry import build_model, inputs_of
 from framework.recipe.schema import Recipe
 from framework.tracking.journal import read_journal
+from framework.training.engine import compile_blocks
+from framework.training.guards import DeadGuard
 
 
 @pytest.mark.skipif(
@@ -44,3 +50,34 @@ def read_metrics(run: Path) -> dict[str, dict[int, float]]:
 def test_zero_3_does_not_go_with_it(make_recipe: Callable[..., Recipe]) -> None:
     with pytest.raises(RecipeError, match=r"train.compile.*engine.zero: 3"):
         make_recipe("engine.zero=3", "train.compile=true")
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_all_blocks_are_one_graph_in_all_steps(
+    make_recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch, checkpointing: bool
+) -> None:
+    """Whatever the block, the step and what watches the gradients; without a code generator."""
+    graphs: list[torch.fx.GraphModule] = []
+
+    def count(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        graphs.append(graph)
+        return graph.forward
+
+    compile_module = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(compile_module, backend=count))
+    recipe = make_recipe("model.depth=5", "model.dropout=0.1")
+    model = build_model(recipe.model, inputs_of(recipe)).bfloat16()
+    model.activation_checkpointing = checkpointing  # type: ignore[assignment]
+    compile_blocks(model)
+    guard = DeadGuard(model, recipe)
+    for step in range(3):
+        pixels = {
+            name: torch.randint(256, (4, 3, spec.frames, 16, 16)) for name, spec in model.inputs.items()
+        }  # type: ignore[union-attr,operator]
+        pixels = {name: values.to(torch.uint8) for name, values in pixels.items()}
+        logits = model(pixels, {name: torch.arange(4) + 4 * step for name in pixels})
+        sum(values.square().mean() for values in logits.values()).backward()  # type: ignore[union-attr]
+        if step == 1:
+            guard._end()
+    torch.compiler.reset()
+    assert len(graphs) == 1

@@ -10,6 +10,7 @@ from typing import Any
 
 import faulty_disk
 import pytest
+import torch
 from rank_processes import Job
 from saver_worker import CELLS, HARMLESS, all_cases
 
@@ -17,6 +18,7 @@ from framework import files
 from framework.errors import CheckpointError, TubeworksError
 from framework.tracking.journal import Journal, read_journal
 from framework.training.run_folder import append_event
+from framework.training.snapshot import Share
 from framework.training.storage import write_json
 
 MESSAGES = {
@@ -142,3 +144,12 @@ def test_the_errors_are_the_systems_own(tmp_path: Path) -> None:
         disk.write(descriptor, b"x")
     os.close(descriptor)
     assert caught.value.errno == errno.ENOSPC
+
+
+def test_copies_of_what_a_gpu_holds_are_counted_as_they_are_allocated() -> None:
+    """Pinned memory comes in powers of two: a third more than is needed for most weights of a ViT-H."""
+    tensors = {"mine": torch.empty(3 * 2**20, dtype=torch.uint8), "none": torch.empty(0, device="meta")}
+    there = {"there": torch.empty(3 * 2**18, device="meta"), "even": torch.empty(2**18, device="meta")}
+    share = Share({"one": tensors, "two": there})
+    assert share.bytes == 7 * 2**20
+    assert share.host_bytes == 3 * 2**20 + 4 * 2**20 + 2**20
