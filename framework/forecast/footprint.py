@@ -91,17 +91,18 @@ def state_bytes(
 
     ZeRO-1 shares out the optimizer, ZeRO-2 gradients too, ZeRO-3 also the weights (Rajbhandari et al., 2020,
     §5). In bf16 there is an fp32 copy of the weights that train, and gradients are summed in fp32 where the
-    optimizer keeps them.
+    optimizer keeps them. Under ZeRO-1 every rank has the sums of all, and each gradient goes into them at once.
     """
     every = sum(parameter.numel() for parameter in model.parameters())
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     low = engine.precision == "bf16"
     share = {stage: world if engine.zero >= stage else 1 for stage in (1, 2, 3)}
+    at_once = low and engine.zero == 1 and engine.offload == "none"
     width = 2 if low else 4
     weights = 0 if engine.offload == "all" else every * width // share[3]
-    gradients = trained * width // share[2]
+    gradients = trained * (4 if at_once else width) // share[2]
     moments = 1 if optimizer == "sgd" else 2
-    states = trained * 4 * (moments + 2 * low) // share[1]  # with the fp32 weights and summed gradients
+    states = trained * 4 * (moments + low + (low and not at_once)) // share[1]  # fp32 weights, sums
     averages = trained * 4 // share[1] if average else 0
     if engine.offload != "none":
         states = averages = 0

@@ -95,7 +95,8 @@ def test_zero_shares_out_what_its_stages_say() -> None:
     def states(**engine: object) -> tuple[int, ...]:
         return state_bytes(model, Engine.model_validate(engine), 4, "adamw", True)
 
-    assert states(zero=1) == (2 * total, 2 * total, 16 * total // 4, total)
+    assert states(zero=1) == (2 * total, 4 * total, 12 * total // 4, total), "fp32 sums of all gradients"
+    assert states(zero=1, offload="optimizer") == (2 * total, 2 * total, 0, 0)
     assert states(zero=2) == (2 * total, 2 * total // 4, 16 * total // 4, total)
     assert states(zero=3) == (2 * total // 4, 2 * total // 4, 16 * total // 4, total)
     assert states(zero=0, precision="fp32") == (4 * total, 4 * total, 8 * total, 4 * total)
