@@ -48,11 +48,13 @@ def train_command(recipe: str, overrides: Sequence[str], ranks: int | None, run:
     """
     from framework.data.plan import check_shares
     from framework.recipe import load_recipe
+    from framework.recipe.tube_sets import check_tubes_are_read
     from framework.training.elastic import fitted
 
     if (Path(recipe) / "recipe.yaml").is_file():
         run, recipe = run or Path(recipe), str(Path(recipe) / "recipe.yaml")
     resolved = load_recipe(recipe, overrides)
+    check_tubes_are_read(resolved.recipe)
     run = run or Path("runs") / resolved.recipe.name
     world = World.from_env()
     if world is None:

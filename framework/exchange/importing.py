@@ -16,13 +16,14 @@ from torch import Tensor, nn
 
 from framework.errors import ModelError, RecipeError
 from framework.files import replace_text
-from framework.models.registry import build_model, inputs_of, tubes_of
+from framework.models.registry import build_model, inputs_of
 from framework.models.scaleup import image_tube
 from framework.models.weights.convert import Account, Target, fill, format_of
 from framework.models.weights.files import read_weights
 from framework.models.weights.formats import Format
 from framework.recipe import dump_yaml, load_recipe, recipe_hash
 from framework.recipe.schema import Model, Recipe
+from framework.recipe.tube_sets import tubes_of
 from framework.training.checkpoint_manifest import WEIGHT
 from framework.training.distributed import Peers
 from framework.training.saver import save_checkpoint

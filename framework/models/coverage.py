@@ -14,10 +14,10 @@ from itertools import product
 from framework.errors import ModelError, RecipeError
 from framework.models.cost import multiply_adds
 from framework.models.inputs import InputSpec
-from framework.models.tube_sets import ABLATION_KERNELS
 from framework.models.tubes import check_tubes, grids_of, sub_stride
 from framework.models.tubevit import TubeViT
 from framework.recipe.schema import Tube
+from framework.recipe.tube_sets import ABLATION_KERNELS
 
 __all__ = ["Found", "coverage", "search"]
 

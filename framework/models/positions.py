@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from framework.errors import ModelError
-from framework.models.tubes import AXES, Grid, centres, grid_indices, name_tube
+from framework.models.tubes import AXES, Grid, centres, grid_indices
 from framework.recipe.schema import Position, Tube
+from framework.recipe.tube_sets import name_tube
 
 __all__ = ["TEMPERATURE", "FixedPositions", "LearnedPositions", "sincos"]
 

@@ -13,10 +13,10 @@ from framework.errors import RecipeError
 from framework.models.inputs import InputSpec, inputs_of
 from framework.models.scaleup import BridgedTokenizer, ScaledTubeViT
 from framework.models.tokenizer import TubeTokenizer
-from framework.models.tube_sets import PAPER_TUBES, TUBE_SETS
 from framework.models.tubevit import Size, TubeViT
 from framework.models.video_registry import build_video_model, tube_of, view_sizes
 from framework.recipe.schema import MTV, AnyModel, Model, Tube
+from framework.recipe.tube_sets import tubes_of
 
 __all__ = [
     "SIZES",
@@ -26,7 +26,6 @@ __all__ = [
     "inputs_of",
     "model_names",
     "size_of",
-    "tubes_of",
 ]
 
 log = logging.getLogger(__name__)
@@ -159,13 +158,6 @@ def build_tokenizer(model: AnyModel, inputs: Mapping[str, InputSpec]) -> TubeTok
         position=model.position,
         interpolated=_interpolated(model, tubes),
     )
-
-
-def tubes_of(model: Model) -> tuple[Tube, ...]:
-    """The tubes of a recipe: its own, or those of the set that it names."""
-    if model.tubes is not None:
-        return model.tubes
-    return PAPER_TUBES if model.tube_set is None else TUBE_SETS[model.tube_set]
 
 
 def _interpolated(model: Model, tubes: tuple[Tube, ...]) -> list[int]:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from framework.errors import ModelError
 from framework.recipe.schema import Tube
+from framework.recipe.tube_sets import name_tube, tubes_that_read
 
 __all__ = [
     "AXES",
@@ -28,7 +29,6 @@ __all__ = [
     "cut",
     "grid_indices",
     "grids_of",
-    "name_tube",
     "sub_stride",
 ]
 
@@ -57,30 +57,13 @@ def grids_of(tubes: Sequence[Tube], clip: tuple[int, int, int]) -> tuple[Grid, .
     Errors:
         ModelError: names the tube and the rule that it breaks.
     """
-    if clip[0] == 1:
-        flat = [number for number, tube in enumerate(tubes) if tube.kernel[0] == 1]
-        if not flat:
-            raise ModelError(
-                "none of the tubes has a temporal kernel of 1, so nothing can read an image; "
-                "add a tube such as {kernel: [1, 16, 16], stride: [32, 16, 16]} to `model.tubes`"
-            )
-        used = flat[:1]
-    else:
-        used = list(range(len(tubes)))
+    used = tubes_that_read(tubes, clip[0])
+    if not used:
+        raise ModelError(
+            "none of the tubes has a temporal kernel of 1, so nothing can read an image; "
+            "add a tube such as {kernel: [1, 16, 16], stride: [32, 16, 16]} to `model.tubes`"
+        )
     return tuple(Grid(number, _grid(tubes, number, clip)) for number in used)
-
-
-def name_tube(tubes: Sequence[Tube], number: int) -> str:
-    """The words by which messages call a tube."""
-    tube = tubes[number]
-    parts = {
-        "kernel": tube.kernel,
-        "stride": tube.stride,
-        "offset": tube.offset,
-        "space_to_depth": tube.space_to_depth,
-    }
-    text = ", ".join(f"{key} {'x'.join(map(str, value))}" for key, value in parts.items())
-    return f"tube {number + 1} of {len(tubes)} (`model.tubes[{number}]`: {text})"
 
 
 def _grid(tubes: Sequence[Tube], number: int, clip: tuple[int, int, int]) -> tuple[int, int, int]:

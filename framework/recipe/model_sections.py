@@ -84,7 +84,7 @@ class Model(Section):
     tubes: tuple[Tube, ...] | None = None
     """The tubes one by one. The first one with a temporal kernel of 1 is shared with images."""
     tube_set: TubeSet | None = None
-    """Tubes by name (see `framework.models.tube_sets`); by default `paper`, the four of Table 12."""
+    """Tubes by name (see `framework.recipe.tube_sets`); by default `paper`, the four of Table 12."""
     kernels: Literal["independent", "interpolated"] = "independent"
     """A kernel for each tube, or one of 8x8x8 resized to all (TubeViT §3.4)."""
     interpolate_2d: bool = False

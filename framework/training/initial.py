@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from framework.errors import CheckpointError, RecipeError
 from framework.models.image_start import resize_places
-from framework.models.registry import size_of, tubes_of
+from framework.models.registry import size_of
 from framework.models.scaleup import image_tube
-from framework.models.tubes import name_tube
 from framework.recipe import load_recipe
 from framework.recipe.schema import AnyModel, Init, Model, Recipe, VideoMAE
+from framework.recipe.tube_sets import name_tube, tubes_of
 from framework.training.account import Account
 from framework.training.checkpoint import CheckpointReader, newest_valid, verify
 from framework.training.checkpoint_manifest import AVERAGE, MANIFEST, WEIGHT

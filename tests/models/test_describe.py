@@ -12,9 +12,9 @@ import pytest
 from framework.errors import ModelError, RecipeError
 from framework.models.coverage import coverage
 from framework.models.describe import describe, search_command, search_tubes
-from framework.models.tube_sets import PAPER_TUBES, TUBE_SETS
 from framework.models.tubes import grids_of, sub_stride
 from framework.recipe.schema import Tube
+from framework.recipe.tube_sets import PAPER_TUBES, TUBE_SETS
 
 
 def test_json_has_the_keys_that_programs_rely_on() -> None:

@@ -12,9 +12,9 @@ from einops import rearrange
 from framework.models import InputSpec, build_model
 from framework.models.kernels import SHARED_KERNEL, SharedKernel, resize_matrix
 from framework.models.tokenizer import TubeTokenizer
-from framework.models.tube_sets import ABLATION_KERNELS, PAPER_TUBES, TUBE_SETS
 from framework.models.tubes import grids_of, sub_stride
 from framework.recipe.schema import Model, Tube, TubeSet
+from framework.recipe.tube_sets import ABLATION_KERNELS, PAPER_TUBES, TUBE_SETS
 
 
 @pytest.mark.parametrize("kernel", [*ABLATION_KERNELS, (1, 16, 16), (3, 5, 7)])

@@ -12,9 +12,9 @@ from framework.errors import ModelError
 from framework.models import InputSpec, build_model
 from framework.models.positions import FixedPositions, LearnedPositions
 from framework.models.tokenizer import TubeTokenizer
-from framework.models.tube_sets import PAPER_TUBES
 from framework.models.tubes import grids_of
 from framework.recipe.schema import Model, Tube
+from framework.recipe.tube_sets import PAPER_TUBES
 
 TUBES = (
     Tube(kernel=(4, 8, 8), stride=(8, 16, 16), space_to_depth=(2, 1, 1)),

@@ -17,10 +17,10 @@ from framework.models.layers import Block
 from framework.models.registry import build_model, size_of
 from framework.models.scaleup import BridgedTokenizer, ScaledTubeViT, find_bridge
 from framework.models.tokenizer import TubeTokenizer
-from framework.models.tube_sets import PAPER_TUBES
 from framework.models.tubes import centres, grids_of, sub_stride
 from framework.models.tubevit import TubeViT
 from framework.recipe.schema import Model, ScaleUp, Tube
+from framework.recipe.tube_sets import PAPER_TUBES
 from framework.training.optim import parameter_groups
 
 TUBES = (

@@ -10,9 +10,10 @@ import torch
 
 import recipes
 from framework.models.describe import describe_recipe
-from framework.models.registry import build_model, inputs_of, size_of, tubes_of
+from framework.models.registry import build_model, inputs_of, size_of
 from framework.models.scaleup import image_tube
 from framework.recipe import Recipe, load_recipe
+from framework.recipe.tube_sets import tubes_of
 
 SCALE_UPS = {
     "scaleup_demo": ("demo", "scaleup_demo_images"),

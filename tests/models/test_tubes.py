@@ -13,9 +13,9 @@ from torch import Tensor
 from framework.errors import ModelError
 from framework.models.positions import FixedPositions, sincos
 from framework.models.tokenizer import TubeTokenizer
-from framework.models.tube_sets import PAPER_TUBES
 from framework.models.tubes import AXES, centres, cut, grids_of, sub_stride
 from framework.recipe.schema import Tube
+from framework.recipe.tube_sets import PAPER_TUBES
 
 DENSE_2D = PAPER_TUBES[3].model_copy(update={"stride": (16, 16, 16)})
 SMALL_TUBES = (

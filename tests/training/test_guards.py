@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from rank_processes import start_training, train_to_end
+from rank_processes import Job, command_line, start_training, train_to_end
 from torch import nn
 
 from framework.errors import TrainingStopped
+from framework.recipe import tube_sets
 from framework.recipe.schema import Recipe
 from framework.training.distributed import Peers
 from framework.training.guards import CollapseGuard, DeadGuard
@@ -122,13 +123,27 @@ def test_after_the_look_nothing_is_watched(make_recipe: Make) -> None:
     assert not net.weight._backward_hooks
 
 
+def train_unchecked(*arguments: str) -> None:
+    """`tubeworks train` without the look at its tubes: stands for what cannot be known before it happens."""
+    tube_sets.check_tubes_are_read = lambda recipe: None
+    command_line("train", *arguments)
+
+
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
 def test_a_training_with_dead_tubes_ends(recipe_file: Path, tmp_path: Path, zero: int) -> None:
     settings = ("guards.dead=2", "data.mixture={digits: 8}", f"engine.zero={zero}")
-    job = start_training(recipe_file, tmp_path / "run", 2, *settings)
+    job = Job(2, tmp_path, train_unchecked, str(recipe_file), *settings, "--run", str(tmp_path / "run"))
     assert job.wait() == [5, 5], job.said()[-3000:]
     last = job.said().splitlines()[-1]
     assert "2 steps up to step 2: tokenizer.tubes.0.weight, tokenizer.tubes.0.bias. Nothing" in last
+
+
+def test_tubes_that_nothing_reads_are_refused_before_the_start(recipe_file: Path, tmp_path: Path) -> None:
+    job = start_training(recipe_file, tmp_path / "run", 2, "data.mixture={digits: 8}")
+    assert job.wait() == [2, 2], job.said()[-3000:]
+    assert "tube 1 of 2 (`model.tubes[0]`: kernel 2x8x8" in job.said()
+    assert "tube 2 of 2" not in job.said(), "images read that one"
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("settings", [("engine.zero=3",), ("train.activation_checkpointing=true",)])
