@@ -27,6 +27,10 @@ from framework.files import hash_file
 __all__ = ["Official", "Problem", "VerifyReport", "verify"]
 
 _BLOCK = 1 << 22
+_NO_CHECKSUM = (
+    f"{MANIFEST_NAME} has no checksum of its own (an earlier version wrote it): changes to names of classes "
+    "are not found; shards that are made or indexed now have one"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +58,8 @@ class VerifyReport:
     decoded: bool
     problems: tuple[Problem, ...]
     coverage: Coverage | None = None
+    manifest_checksum: bool = True
+    """Whether the manifest has one of its own; that of an earlier version has not, which is no problem."""
 
     def content(self) -> dict[str, Any]:
         """The report for programs."""
@@ -69,8 +75,9 @@ class VerifyReport:
         how = "checksums and all frames" if self.decoded else "checksums"
         size = f"{counted(self.samples, self.shards)}, {human_bytes(self.bytes)}"
         head = f"{self.folder}: {size}: {how} verified, {len(self.problems) or 'no'} problems"
+        unproven = [] if self.manifest_checksum else [f"  {_NO_CHECKSUM}"]
         covered = [self.coverage.to_text()] if self.coverage is not None else []
-        return "\n".join([head, *(f"  {problem}" for problem in self.problems), *covered])
+        return "\n".join([head, *(f"  {problem}" for problem in self.problems), *unproven, *covered])
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,8 +118,9 @@ def verify(
     problems.sort(key=lambda problem: (problem.file, problem.offset or 0))
     size = sum(shard.bytes for shard in manifest.shards)
     return VerifyReport(
-        str(folder), len(manifest.shards), len(manifest), size, decode, tuple(problems), coverage
-    )
+        str(folder), len(manifest.shards), len(manifest), size, decode, tuple(problems), coverage,
+        manifest.has_checksum,
+    )  # fmt: skip
 
 
 def _compare(manifest: Manifest, official: Official, problems: list[Problem]) -> Coverage | None:

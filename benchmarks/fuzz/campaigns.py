@@ -31,7 +31,7 @@ from data_tools.importers.folder import collect_folder
 from data_tools.items import inventory
 from data_tools.sharding import ShardOptions, shard
 from framework.data.loader import training_batches
-from framework.data.manifest import SAMPLES_NAME, DatasetInfo, Manifest, ShardInfo
+from framework.data.manifest import DatasetInfo, Manifest, ShardInfo
 from framework.data.manifest_writer import write_manifest
 from framework.data.plan import Plan
 from framework.data.samples import SampleReader
@@ -328,16 +328,14 @@ def archives(folder: Path, count: int, seed: int) -> list[Outcome]:
 
 
 def tables(folder: Path, count: int, seed: int) -> list[Outcome]:
-    """Shards that are cut short and tables that were changed: an error with a name before the first step."""
+    """Shards cut short, tables and manifests changed: an error with a name before the first step."""
     rng = np.random.default_rng(seed)
     whole = write_folder(folder / "whole", _media(40, 0.0, rng))
-    table = (whole / SAMPLES_NAME).read_bytes()
-    (tar,) = whole.glob("*.tar")
-    shard_bytes = tar.read_bytes()
+    targets = [(path, path.read_bytes()) for path in sorted(whole.iterdir())]
     outcomes = []
     for number in range(count):
-        target, data = ((whole / SAMPLES_NAME), table) if number % 2 else (tar, shard_bytes)
-        damage = str(rng.choice(list(DAMAGES))) if number % 2 else "truncated"
+        target, data = targets[number % len(targets)]
+        damage = "truncated" if target.suffix == ".tar" else str(rng.choice(list(DAMAGES)))
         hurt = DAMAGES[damage](data, rng)
         target.write_bytes(hurt)
         try:

@@ -7,8 +7,6 @@ manifest makes a tar randomly accessible and lets corruption be found that decod
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import zlib
 from collections.abc import Mapping, Sequence
@@ -21,6 +19,7 @@ import pyarrow
 
 from framework.data.datasets import KINDS, DatasetInfo, HeadInfo, Kind, datasets_of
 from framework.data.folder_files import check_sizes, read_local
+from framework.data.manifest_file import FORMAT, VERSION, ManifestFile, parse_manifest
 from framework.data.remote import RemoteFolder
 from framework.data.table import BlockSums, Selection, Summary, read_summaries
 from framework.data.urls import Address, Place, place_of
@@ -45,9 +44,6 @@ __all__ = [
     "version_of",
 ]
 
-FORMAT = "tubeworks-manifest"
-VERSION = 2
-"""The latest; 2 has a column of targets, and is written only where a data set needs it."""
 MANIFEST_NAME = "manifest.json"
 SAMPLES_NAME = "samples.arrow"
 EAGER_BYTES = 1 << 26
@@ -125,7 +121,7 @@ class Manifest:
     def __init__(
         self,
         folder: Place,
-        digest: str,
+        file: ManifestFile,
         shards: tuple[ShardInfo, ...],
         datasets: tuple[DatasetInfo, ...],
         batch: pyarrow.RecordBatch,
@@ -137,7 +133,9 @@ class Manifest:
         self.folder = folder
         self.table = table
         self.remote = remote
-        self.hash = digest
+        self.hash = file.hash
+        self.has_checksum = file.has_checksum
+        """Of manifest.json itself; earlier versions wrote none."""
         self.shards = shards
         self.datasets = datasets
         self.samples_checksum = samples_checksum
@@ -150,7 +148,7 @@ class Manifest:
 
     @classmethod
     def open(cls, folder: str | Place, cache: Cache | None = None) -> Manifest:
-        """Read and check the manifest of a path or an address: version, presence and sizes of all files.
+        """Read and check the manifest of a path or an address: itself, and presence and sizes of all files.
 
         Of a store the table is fetched, into the folder that `cache` names. Checksums of local files are not
         computed here, so that opening stays cheap: see `check_table`, and `tubeworks data verify`.
@@ -159,24 +157,23 @@ class Manifest:
         folder = place_of(folder)
         remote = RemoteFolder(folder.url, cache) if isinstance(folder, Address) else None
         raw = remote.read(MANIFEST_NAME) if remote else read_local(Path(str(folder)), MANIFEST_NAME)
-        content = _parse(folder, raw)
-        shards = _shards_of(folder, content)
-        datasets = datasets_of(folder / MANIFEST_NAME, _field(folder, content, "datasets"))
+        file = parse_manifest(folder / MANIFEST_NAME, raw)
+        shards = _shards_of(file)
+        datasets = datasets_of(file.path, file.field("datasets"))
         if remote:
             remote.add([(shard.name, shard.bytes, shard.blake2b) for shard in shards])
         check_sizes(folder, {shard.name: shard.bytes for shard in shards}, remote)
-        entry = _field(folder, content, "samples")
-        batch, samples_checksum, table = _open_samples(folder, entry, content["version"], remote)
+        entry = file.field("samples")
+        batch, samples_checksum, table = _open_samples(folder, entry, file.content["version"], remote)
         expected = sum(shard.samples for shard in shards)
         if not len(batch) == expected == sum(dataset.samples for dataset in datasets):
             raise DataError(
                 f"{folder}: {SAMPLES_NAME} lists {len(batch)} samples, the shards of {MANIFEST_NAME} hold"
                 f" {expected}: the files do not belong together; copy the folder again or shard anew"
             )
-        digest = hashlib.blake2b(raw, digest_size=16).hexdigest()
         try:
             blocks = entry.get("blocks")
-            return cls(folder, digest, shards, datasets, batch, samples_checksum, table, remote, blocks)
+            return cls(folder, file, shards, datasets, batch, samples_checksum, table, remote, blocks)
         except (KeyError, TypeError, ValueError, zlib.error) as error:
             raise DataError(
                 f"{folder / MANIFEST_NAME}: the entry `blocks` is malformed ({error!r}); copy the folder "
@@ -319,44 +316,18 @@ class Manifest:
         return ", ".join(f"{d.name} ({d.kind}, {d.samples} samples)" for d in self.datasets) or "nothing"
 
 
-def _parse(folder: Place, raw: bytes) -> Mapping[str, Any]:
-    path = folder / MANIFEST_NAME
-    try:
-        content = json.loads(raw)
-    except ValueError as error:
-        raise DataError(f"{path}: not JSON ({error}); copy the folder again or shard anew") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise DataError(f"{path}: not a manifest of shards (format is not {FORMAT!r})")
-    version = content.get("version")
-    if not isinstance(version, int) or version < 1:
-        raise DataError(f"{path}: version {version!r} is not a number from 1; copy the folder again")
-    if version > VERSION:
-        raise DataError(
-            f"{path}: version {version}, but this tubeworks reads up to version {VERSION}: upgrade tubeworks,"
-            " or shard the data again with this one"
-        )
-    return content
-
-
-def _field(folder: Place, content: Mapping[str, Any], name: str) -> Any:
-    try:
-        return content[name]
-    except KeyError:
-        raise DataError(f"{folder / MANIFEST_NAME}: has no {name!r}; copy the folder again") from None
-
-
-def _shards_of(folder: Place, content: Mapping[str, Any]) -> tuple[ShardInfo, ...]:
+def _shards_of(file: ManifestFile) -> tuple[ShardInfo, ...]:
     try:
         shards = tuple(
             ShardInfo(str(s["name"]), int(s["bytes"]), str(s["blake2b"]), int(s["samples"]))
-            for s in _field(folder, content, "shards")
+            for s in file.field("shards")
         )
     except (KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{folder / MANIFEST_NAME}: a shard entry is malformed ({error!r})") from error
+        raise DataError(f"{file.path}: a shard entry is malformed ({error!r})") from error
     for shard in shards:
         # A foreign manifest must not make us read outside its folder.
         if os.path.basename(shard.name) != shard.name or shard.name in ("", ".", ".."):
-            raise DataError(f"{folder / MANIFEST_NAME}: {shard.name!r} is not the name of a file beside it")
+            raise DataError(f"{file.path}: {shard.name!r} is not the name of a file beside it")
     return shards
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -13,7 +12,6 @@ import pyarrow
 
 from framework.data.datasets import KINDS, DatasetInfo, dataset_entry, targets_problem
 from framework.data.manifest import (
-    FORMAT,
     MANIFEST_NAME,
     SAMPLES_NAME,
     SCHEMA,
@@ -21,6 +19,7 @@ from framework.data.manifest import (
     ShardInfo,
     version_of,
 )
+from framework.data.manifest_file import FORMAT, manifest_text
 from framework.data.table import block_entry
 from framework.errors import DataError
 from framework.files import hash_file, replace_file, replace_text
@@ -62,8 +61,7 @@ def write_manifest(
         "shards": [asdict(shard) for shard in shards],
         "datasets": [dataset_entry(dataset) for dataset in datasets],
     }
-    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-    replace_text(folder / MANIFEST_NAME, text)
+    replace_text(folder / MANIFEST_NAME, manifest_text(content))
 
 
 def _record_batch(samples: Mapping[str, Any], schema: pyarrow.Schema) -> pyarrow.RecordBatch:

@@ -18,6 +18,7 @@ from framework.data.manifest import (
     Manifest,
     ShardInfo,
 )
+from framework.data.manifest_file import manifest_text
 from framework.data.manifest_writer import write_manifest
 from framework.errors import DataError
 from framework.files import hash_file, replace_file
@@ -65,7 +66,7 @@ def folder(tmp_path: Path) -> Path:
 
 def edit(folder: Path, **changes: Any) -> None:
     path = folder / MANIFEST_NAME
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    path.write_text(manifest_text({**json.loads(path.read_text()), **changes}))
 
 
 def test_everything_written_comes_back(folder: Path) -> None:
@@ -96,6 +97,47 @@ def test_everything_written_comes_back(folder: Path) -> None:
     )
     assert sample.keyframes.tolist() == [0, 250]
     assert sample.fps == 30
+
+
+def test_every_byte_of_a_manifest_is_under_its_checksum(folder: Path) -> None:
+    path = folder / MANIFEST_NAME
+    whole = path.read_bytes()
+    assert Manifest.open(folder).has_checksum
+    for place in range(len(whole)):
+        for bit in (0, 5) if place % 8 else range(8):
+            path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << bit]) + whole[place + 1 :])
+            with pytest.raises(DataError, match=r"manifest\.json: "):
+                Manifest.open(folder)
+    name = "größe".encode()
+    for changed in (
+        whole.replace(name, b"gr\xc3\xb6sse"),
+        whole + b" ",
+        whole[:-1],
+        whole.rstrip(b"}\n") + b"}",
+    ):
+        path.write_bytes(changed)
+        with pytest.raises(DataError, match="its checksum is not that of what it says"):
+            Manifest.open(folder)
+    path.write_bytes(whole)
+    assert Manifest.open(folder).datasets == DATASETS
+
+
+def test_a_manifest_of_an_earlier_version_has_no_checksum(folder: Path) -> None:
+    path = folder / MANIFEST_NAME
+    content = json.loads(path.read_text())
+    del content["blake2b"]
+    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    assert not Manifest.open(folder).has_checksum
+    path.write_text(json.dumps({**content, "blake2c": "0" * 32}))
+    with pytest.raises(DataError, match="its checksum is not that of what it says"):
+        Manifest.open(folder)
+
+
+def test_equal_arguments_give_equal_bytes(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    other = tmp_path_factory.mktemp("other")
+    write_manifest(other, columns(), shards_in(other), DATASETS)
+    for name in (MANIFEST_NAME, SAMPLES_NAME):
+        assert (other / name).read_bytes() == (folder / name).read_bytes()
 
 
 def test_columns_are_views_of_the_file_and_cannot_be_written(folder: Path) -> None:

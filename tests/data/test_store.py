@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from framework.data import store as store_module
-from framework.data.manifest import Manifest
+from framework.data.manifest import MANIFEST_NAME, Manifest
 from framework.data.remote import RemoteFolder
 from framework.data.shards import ShardReader
 from framework.data.store import Patience, RemoteStore, reason_of
@@ -80,6 +80,19 @@ def test_shards_over_http_that_fails(ranges: bool, shards: Path, settings: Cache
     with flaky.file_server(shards.parent, faults) as url:
         check_all(Manifest.open(f"{url}/{shards.name}/", settings), shards)
     assert min(faults.seen[fate] for fate in ("fail", "stall", "cut")) > 0
+
+
+def test_a_manifest_that_was_changed_in_the_store(
+    shards: Path, settings: Cache, flaky: Any, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(shards, tmp_path / "changed"))
+    manifest = folder / MANIFEST_NAME
+    manifest.write_bytes(manifest.read_bytes().replace(b'"train"', b'"trein"'))
+    with flaky.file_server(tmp_path, flaky.Faults()) as url:
+        with pytest.raises(DataError, match=f"^{url}/changed/manifest.json: its checksum is not that"):
+            Manifest.open(f"{url}/changed", settings)
+        shutil.copy(shards / MANIFEST_NAME, manifest)
+        assert Manifest.open(f"{url}/changed", settings).has_checksum
 
 
 def test_shards_in_s3_that_fails(

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from framework.data import manifest as manifest_module
 from framework.data.manifest import MANIFEST_NAME, SAMPLES_NAME, DatasetInfo, Manifest, ShardInfo
+from framework.data.manifest_file import manifest_text
 from framework.data.manifest_writer import write_manifest
 from framework.data.sources import build_plan, open_sources
 from framework.data.table import BLOCK_ROWS, Selection, Summary
@@ -156,7 +157,7 @@ def test_selection_and_plan_are_those_of_a_scan(large: Path, tmp_path: Path, mak
     content = json.loads((large / MANIFEST_NAME).read_text())
     del content["samples"]["blocks"]
     (old / MANIFEST_NAME).unlink()
-    (old / MANIFEST_NAME).write_text(json.dumps(content))
+    (old / MANIFEST_NAME).write_text(manifest_text(content))
     scanned, quick = open_sources(make_recipe(old)), open_sources(make_recipe(large))
     for name, opened in quick.items():
         assert isinstance(opened.selection, Selection)
@@ -194,6 +195,6 @@ def test_malformed_blocks_are_errors_for_people(blocks: Any, large: Path, tmp_pa
     content = json.loads((large / MANIFEST_NAME).read_text())
     content["samples"]["blocks"] = blocks or {"datasets": {"moves": {}}}
     (folder / MANIFEST_NAME).unlink()
-    (folder / MANIFEST_NAME).write_text(json.dumps(content))
+    (folder / MANIFEST_NAME).write_text(manifest_text(content))
     with pytest.raises(DataError, match="the entry `blocks` is malformed"):
         Manifest.open(folder)

@@ -65,6 +65,7 @@ def test_shards_of_others_are_read_and_never_written(tubeworks: Shards, shards: 
     added = {"manifest.json", "samples.arrow", "report.json", "laion.classes.txt"}
     assert {path.name for path in shards.iterdir()} - set(before) == added
     manifest = Manifest.open(shards)
+    assert manifest.has_checksum
     assert manifest.datasets[0].classes == ("blue", "red")
     found = list(map(manifest.sample, range(4)))
     assert [sample.label for sample in found] == [1, 0, 1, 1]

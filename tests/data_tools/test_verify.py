@@ -97,6 +97,21 @@ def test_a_later_manifest_asks_for_an_upgrade(tubeworks: Callable[..., Any], sha
         assert "upgrade tubeworks" in done.stdout + done.stderr
 
 
+def test_a_changed_manifest_and_one_without_a_checksum(tubeworks: Callable[..., Any], shards: Path) -> None:
+    path = shards / MANIFEST_NAME
+    whole = path.read_text()
+    assert "no checksum" not in tubeworks("verify", shards).stdout
+    path.write_text(whole.replace('"a"', '"A"'))
+    done = tubeworks("verify", shards, "--json")
+    assert (done.code, "its checksum is not that" in done.json["problems"][0]["problem"]) == (3, True)
+    content = json.loads(whole)
+    del content["blake2b"]
+    path.write_text(json.dumps(content))
+    done = tubeworks("verify", shards)
+    assert (done.code, "manifest.json has no checksum of its own" in done.stdout) == (0, True)
+    assert tubeworks("verify", shards, "--json").json["manifest_checksum"] is False
+
+
 def test_decoding_finds_what_checksums_cannot(
     tubeworks: Callable[..., Any], shards: Path, make_video: Callable[..., bytes]
 ) -> None:
@@ -110,7 +125,7 @@ def test_decoding_finds_what_checksums_cannot(
     (shards / SAMPLES_NAME).write_bytes(table)
     content = json.loads((shards / MANIFEST_NAME).read_text())
     content["samples"]["blake2b"] = hash_file(shards / SAMPLES_NAME)
-    del content["samples"]["blocks"]  # as an earlier version wrote it
+    del content["samples"]["blocks"], content["blake2b"]  # as an earlier version wrote it
     (shards / MANIFEST_NAME).write_text(json.dumps(content))
     assert tubeworks("verify", shards).code == 0
     done = tubeworks("verify", shards, "--decode", "--json")
