@@ -10,17 +10,18 @@ from __future__ import annotations
 import json
 import os
 import tarfile
+import unicodedata
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from data_tools.importers.archive import whole_archive
+from data_tools.importers.archive import open_archive, refusal, whole_archive
 from data_tools.items import IMAGE_SUFFIXES, VIDEO_SUFFIXES, Failure
 from data_tools.pool import Advance, progress_bar, run_tasks
 from data_tools.probe import probe
-from data_tools.readers import MemberReader, Unusable
+from data_tools.readers import MemberReader, Unusable, display
 from data_tools.report import REPORT_NAME, ShardReport
 from framework.data.datasets import KINDS, Kind
 from framework.data.manifest import MANIFEST_NAME, TARGETS, DatasetInfo, ShardInfo
@@ -100,6 +101,9 @@ def index_shards(options: IndexOptions) -> ShardReport:
     shards = sorted(folder.glob("*.tar")) if folder.is_dir() else []
     if not shards:
         raise DataError(f"{folder}: no tar files here to index; check the path")
+    for path in shards:
+        if not path.is_file():  # a pipe would never end
+            raise DataError(f"{path}: not a file, nor a link to one; take it away or give it another name")
     if (folder / MANIFEST_NAME).exists() and not options.overwrite:
         raise DataError(f"{folder}: has a {MANIFEST_NAME} already; replace it with --overwrite")
     try:
@@ -158,7 +162,7 @@ def _index_shard(task: _Task, advance: Advance) -> dict[str, Any]:
 
 def _samples(task: _Task) -> Iterator[_Sample]:
     """The samples of a shard, in their order; each ends where the key changes."""
-    with tarfile.open(task.path, "r:", errorlevel=2) as archive:
+    with task.path.open("rb") as file, open_archive(file) as archive:
         members: list[tarfile.TarInfo] = []
         damage: tarfile.TarError | None = None
         try:
@@ -186,6 +190,10 @@ def _split(name: str) -> tuple[str, str]:
 
 def _sample(task: _Task, members: Sequence[tarfile.TarInfo]) -> _Sample:
     key = _split(members[0].name)[0]
+    for member in members:
+        if reason := refusal(member) or _odd_name(member.name):
+            what = "" if member is members[0] else f": {display(member.name)!r}"
+            return _Sample(display(key), "", None, None, f"{reason}{what}")
     by_extension = {_split(member.name)[1].lower(): member for member in members if member.isreg()}
     media = [name for name in by_extension if name in _SUFFIXES[task.kind]]
     label = by_extension.get("json" if task.label.startswith("json:") else task.label)
@@ -198,6 +206,16 @@ def _sample(task: _Task, members: Sequence[tarfile.TarInfo]) -> _Sample:
         return _Sample(key, "", None, None, f"several {task.kind}s in it: {', '.join(media)}")
     member = by_extension[media[0]]
     return _Sample(key, _split(member.name)[1], member, label)
+
+
+def _odd_name(name: str) -> str:
+    """What makes a name no key: keys stand in tables, logs and messages."""
+    kinds = {unicodedata.category(letter) for letter in name}
+    if "Cs" in kinds:  # how Python has bytes that are not UTF-8
+        return "refused: its name is not UTF-8"
+    if "Cc" in kinds:
+        return "refused: its name has control characters"
+    return "" if _split(name)[0].rpartition("/")[2] else "refused: its name has nothing before the first dot"
 
 
 def _row(task: _Task, sample: _Sample) -> list[Any]:

@@ -90,7 +90,12 @@ def report_of(out: Path, plan: ShardPlan, records: Sequence[ShardRecord]) -> Sha
 
 def _first(lines: Sequence[str]) -> list[str]:
     more = [f"  … and {len(lines) - _SHOWN} more: all are in {REPORT_NAME}"] if len(lines) > _SHOWN else []
-    return [f"  {line}" for line in lines[:_SHOWN]] + more
+    return [f"  {_printable(line)}" for line in lines[:_SHOWN]] + more
+
+
+def _printable(line: str) -> str:
+    """A line whose control characters, which names of files may have, are escapes."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda found: repr(found[0])[1:-1], line)
 
 
 def counted(samples: int, shards: int) -> str:

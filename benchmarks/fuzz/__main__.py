@@ -21,6 +21,7 @@ from benchmarks.fuzz.campaigns import (
     silent_libraries,
     tables,
 )
+from benchmarks.fuzz.served import served_shards
 from benchmarks.machine import describe_machine
 
 
@@ -33,6 +34,7 @@ def run(scale: float, seed: int, folder: Path) -> list[Outcome]:
         (decoders, 900),
         (files, 600),
         (archives, 120),
+        (served_shards, 216),
         (tables, 160),
     ):
         outcomes += campaign(folder / campaign.__name__, max(8, round(count * scale)), seed)

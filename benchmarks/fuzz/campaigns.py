@@ -25,8 +25,8 @@ from benchmarks.fuzz.damage import (
     clips,
     pictures,
     scan_bomb,
-    strange_archives,
 )
+from benchmarks.fuzz.strange import strange_archives
 from data_tools.importers.folder import collect_folder
 from data_tools.items import inventory
 from data_tools.sharding import ShardOptions, shard
@@ -144,7 +144,7 @@ def _media(count: int, damaged: float, rng: np.random.Generator) -> list[Medium]
     return media
 
 
-def _one_epoch(
+def one_epoch(
     recipe: Recipe, sources: dict[str, OpenSource], plan: Plan
 ) -> tuple[dict[str, str], dict[tuple[str, int], list[tuple[int, torch.Tensor]]]]:
     """Reasons by key, and what was served: (source, index) -> [(seed, pixels)], of at least one epoch."""
@@ -162,7 +162,7 @@ def _one_epoch(
     return reasons, served
 
 
-def _same(reader: SampleReader, index: int, rows: list[tuple[int, torch.Tensor]]) -> bool:
+def same(reader: SampleReader, index: int, rows: list[tuple[int, torch.Tensor]]) -> bool:
     """Whether all that was served of a sample is what whole shards give for the same seed."""
     info = reader.info(index)
     return all(
@@ -194,14 +194,14 @@ def bytes_in_shards(folder: Path, count: int, seed: int) -> list[Outcome]:
     recipe = recipe_of(hurt)
     sources = open_sources(recipe)
     pristine = open_sources(recipe_of(whole))
-    reasons, served = _one_epoch(recipe, sources, build_plan(recipe, sources))
+    reasons, served = one_epoch(recipe, sources, build_plan(recipe, sources))
     outcomes = []
     for name, opened in sources.items():
         reader = SampleReader(pristine[name])
         for index in range(len(opened)):
             key = reader.info(index).key
             rows = served.get((name, index), [])
-            if rows and not _same(reader, index, rows):
+            if rows and not same(reader, index, rows):
                 outcome = "WRONG: other pixels than those that were sharded"
             elif key in reasons:
                 outcome = "refused"
@@ -225,7 +225,7 @@ def decoders(folder: Path, count: int, seed: int) -> list[Outcome]:
     shards = write_folder(folder / "shards", media)
     recipe = recipe_of(shards, decode_seconds=4.0)
     sources = open_sources(recipe)
-    reasons, served = _one_epoch(recipe, sources, build_plan(recipe, sources))
+    reasons, served = one_epoch(recipe, sources, build_plan(recipe, sources))
     places = {medium.key: medium for medium in media}
     outcomes = []
     for name, opened in sources.items():
@@ -237,7 +237,7 @@ def decoders(folder: Path, count: int, seed: int) -> list[Outcome]:
                 "refused" if medium.key in reasons else "decoded" if rows else "WRONG: lost without a word"
             )
             if not medium.damage:
-                good = outcome == "decoded" and _same(reader, index, rows)
+                good = outcome == "decoded" and same(reader, index, rows)
                 if good:
                     continue
                 outcome = "WRONG: a good sample was refused or changed"
@@ -301,28 +301,28 @@ def archives(folder: Path, count: int, seed: int) -> list[Outcome]:
     """Archives with names that climb out, links, devices, damaged headers, and ends that are missing."""
     outcomes = []
     rng = np.random.default_rng(seed)
-    for number, (damage, bad, data) in enumerate(strange_archives(rng, count)):
+    for number, strange in enumerate(strange_archives(rng, count)):
         work = folder / f"{number:05d}"
         work.mkdir(parents=True)
-        (work / "set.tar").write_bytes(data)
+        (work / "set.tar").write_bytes(strange.data)
         name, said = f"archive {number}", ""
         try:
             collection = collect_folder(work / "set.tar" / "set", "fuzz", split="train", kind="image")
             report = shard(inventory([collection]), ShardOptions(work / "shards"))
             named = " ".join(f"{failure.key}: {failure.reason}" for failure in report.failed)
-            inside = [one for one in bad if one.startswith("set/")]
+            inside = [one for one in strange.refused if one.startswith("set/")]
             outcome = "refused" if report.failed else "harmless"
             if any(one.removeprefix("set/") not in named for one in inside):
                 outcome = "WRONG: a strange member is not named in the report"
             said = named[:160]
         except TubeworksError as error:
             outcome, said = "refused", str(error)[-160:]
-            if bad:
+            if strange.whole:
                 outcome = "WRONG: a strange member cost the whole archive"
         strangers = [path for path in folder.rglob("*") if path.name in ("climbed.png", "rooted.png")]
         if strangers or Path("/absolute").exists():
             outcome = "WRONG: a file was written outside"
-        outcomes.append(Outcome("archives", damage, name, outcome, said))
+        outcomes.append(Outcome("archives", strange.what, name, outcome, said))
         shutil.rmtree(work)
     return outcomes
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import struct
-import tarfile
 import zlib
 from collections.abc import Callable
 from fractions import Fraction
@@ -13,7 +12,7 @@ import av
 import numpy as np
 from PIL import Image
 
-__all__ = ["BROKEN", "DAMAGES", "IN_PLACE", "clips", "pictures", "scan_bomb", "strange_archives"]
+__all__ = ["BROKEN", "DAMAGES", "IN_PLACE", "clips", "flip_bits", "picture", "pictures", "scan_bomb"]
 
 Rng = np.random.Generator
 HEIGHT, WIDTH, FRAMES = 48, 64, 20
@@ -63,7 +62,8 @@ def _audio() -> bytes:
     return file.getvalue()
 
 
-def _picture(seed: int, kind: str, **options: object) -> bytes:
+def picture(seed: int, kind: str, **options: object) -> bytes:
+    """A whole picture, another for each seed."""
     file = io.BytesIO()
     Image.fromarray(_frames(seed, 1)[0]).save(file, kind, **options)
     return file.getvalue()
@@ -96,11 +96,12 @@ def pictures(count: int) -> list[tuple[str, bytes]]:
     made = []
     for number in range(count):
         extension, kind, options = kinds[number % len(kinds)]
-        made.append((extension, _picture(1000 + number, kind, **options)))
+        made.append((extension, picture(1000 + number, kind, **options)))
     return made
 
 
-def _flip_bits(data: bytes, rng: Rng) -> bytes:
+def flip_bits(data: bytes, rng: Rng) -> bytes:
+    """Up to 64 bits, anywhere."""
     damaged = np.frombuffer(data, np.uint8).copy()
     for place in rng.integers(0, len(damaged), int(rng.integers(1, 65))):
         damaged[place] ^= 1 << int(rng.integers(0, 8))
@@ -159,7 +160,7 @@ def _doubled(data: bytes, rng: Rng) -> bytes:
 
 
 IN_PLACE: dict[str, Callable[[bytes, Rng], bytes]] = {
-    "bits flipped": _flip_bits,
+    "bits flipped": flip_bits,
     "one bit flipped": _flip_one_bit,
     "a range of zeros": _zeros,
     "a range of noise": _noise,
@@ -188,20 +189,20 @@ def _png(width: int, height: int, pixels: bytes) -> bytes:
 
 
 def _huge_jpeg() -> bytes:
-    data = bytearray(_picture(0, "JPEG"))
+    data = bytearray(picture(0, "JPEG"))
     place = data.index(b"\xff\xc0")
     data[place + 5 : place + 9] = struct.pack(">HH", 65_500, 65_500)
     return bytes(data)
 
 
 def _huge_gif() -> bytes:
-    data = bytearray(_picture(0, "GIF"))
+    data = bytearray(picture(0, "GIF"))
     data[6:10] = struct.pack("<HH", 65_535, 65_535)
     return bytes(data)
 
 
 def _huge_bmp() -> bytes:
-    data = bytearray(_picture(0, "BMP"))
+    data = bytearray(picture(0, "BMP"))
     data[18:26] = struct.pack("<ii", 100_000, 100_000)
     return bytes(data)
 
@@ -241,47 +242,3 @@ BROKEN: dict[str, tuple[str, Callable[[], bytes]]] = {
     "one byte": ("webp", lambda: b"R"),
 }
 """Files that are no good: (extension, maker)."""
-
-
-def _tar(members: list[tuple[tarfile.TarInfo, bytes]]) -> bytes:
-    file = io.BytesIO()
-    with tarfile.open(fileobj=file, mode="w") as tar:
-        for info, data in members:
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return file.getvalue()
-
-
-def _member(name: str, kind: bytes = tarfile.REGTYPE, target: str = "") -> tarfile.TarInfo:
-    info = tarfile.TarInfo(name)
-    info.type, info.linkname = kind, target
-    return info
-
-
-def strange_archives(rng: Rng, count: int) -> list[tuple[str, list[str], bytes]]:
-    """Tar archives of class folders: (what is wrong, names that must be refused, bytes)."""
-    good = [(f"set/{'ab'[number % 2]}/{number}.png", _picture(number, "PNG")) for number in range(4)]
-    picture = good[0][1]
-    bad = [
-        ("a path that climbs out", _member("set/a/../../../climbed.png"), picture),
-        ("an absolute path", _member("/absolute/a/rooted.png"), picture),
-        ("a symbolic link", _member("set/a/link.png", tarfile.SYMTYPE, "/etc/passwd"), b""),
-        ("a hard link", _member("set/a/hard.png", tarfile.LNKTYPE, "../../etc/passwd"), b""),
-        ("a device", _member("set/a/device.png", tarfile.CHRTYPE), b""),
-        ("a pipe", _member("set/a/pipe.png", tarfile.FIFOTYPE), b""),
-    ]
-    archives = []
-    for number in range(count):
-        what, info, data = bad[number % len(bad)]
-        members = [(_member(name), content) for name, content in good]
-        members.insert(int(rng.integers(0, len(members) + 1)), (info, data))
-        whole = _tar(members)
-        if number % 3 == 0:
-            archives.append((what, [info.name], whole))
-        elif number % 3 == 1:
-            block = int(rng.integers(0, 4)) * 512
-            header = _flip_bits(whole[block : block + 512], rng)
-            archives.append(("a damaged header", [], whole[:block] + header + whole[block + 512 :]))
-        else:
-            archives.append(("cut off", [], whole[: int(rng.integers(1, len(whole) - 1024))]))
-    return archives

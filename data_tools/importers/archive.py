@@ -5,10 +5,13 @@ Links, devices, absolute names and names that climb out of the archive are refus
 
 from __future__ import annotations
 
+import os
 import tarfile
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO, cast
 
 from data_tools.readers import MemberReader, Reader
 from framework.errors import DataError
@@ -18,6 +21,8 @@ __all__ = [
     "last_of_each",
     "list_archive",
     "list_member_archive",
+    "open_archive",
+    "refusal",
     "split_archive_path",
     "whole_archive",
 ]
@@ -57,12 +62,12 @@ def list_member_archive(name: str, archive: MemberReader, inner: str = "") -> It
     """All files of an archive that is itself a member of one, below the folder `inner`; as `list_archive`."""
     prefix = f"{inner.strip('/')}/" if inner.strip("/") else ""
     try:
-        with archive.open() as file, tarfile.open(fileobj=file, mode="r:", errorlevel=2) as tar:
+        with archive.open() as file, open_archive(file) as tar:
             for member in whole_archive(tar):
                 path = member.name.removeprefix("./")
                 if member.isdir() or not path.startswith(prefix):
                     continue
-                reason = _refusal(member)
+                reason = refusal(member)
                 reader = None
                 if not reason:
                     offset = archive.offset + member.offset_data
@@ -78,14 +83,42 @@ def list_member_archive(name: str, archive: MemberReader, inner: str = "") -> It
 
 
 def whole_archive(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    """All members of an open archive; tarfile.ReadError at damage, which tarfile takes for its end."""
-    for member in tar:
+    """All members of an open archive; tarfile.ReadError at damage, which tarfile takes for its end.
+
+    A member that claims a size which its archive cannot hold is damage: with a negative one, tarfile would
+    turn round and go on for ever.
+    """
+    file = cast(BinaryIO, tar.fileobj)
+    here = file.tell()
+    size = -(-file.seek(0, os.SEEK_END) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+    file.seek(here)
+    while True:
+        with _damage():
+            member = tar.next()
+        if member is None:
+            break
+        if member.size < 0 or not member.offset_data <= tar.offset <= size:
+            raise tarfile.ReadError(f"{member.name!r} claims {member.size} bytes, which are not there")
         yield member
         tar.members.clear()  # type: ignore[attr-defined]  # else tarfile keeps all the millions
-    assert tar.fileobj is not None
-    tar.fileobj.seek(tar.offset)
-    if any(tar.fileobj.read(tarfile.BLOCKSIZE)):
+    file.seek(tar.offset)
+    if any(file.read(tarfile.BLOCKSIZE)):
         raise tarfile.ReadError(f"damaged: no header can be read at offset {tar.offset}")
+
+
+def open_archive(file: BinaryIO) -> tarfile.TarFile:
+    """An uncompressed archive for `whole_archive`; tarfile.ReadError if it is none."""
+    with _damage():
+        return tarfile.open(fileobj=file, mode="r:", errorlevel=2)
+
+
+@contextmanager
+def _damage() -> Iterator[None]:
+    """What tarfile stumbles over in a header, as its own error for damage."""
+    try:
+        yield
+    except (ValueError, LookupError, OverflowError, MemoryError) as error:
+        raise tarfile.ReadError(f"a header that cannot be right ({error!r})") from error
 
 
 def last_of_each(members: Iterable[ArchiveMember]) -> Iterator[ArchiveMember]:
@@ -98,7 +131,8 @@ def last_of_each(members: Iterable[ArchiveMember]) -> Iterator[ArchiveMember]:
     yield from last.values()
 
 
-def _refusal(member: tarfile.TarInfo) -> str:
+def refusal(member: tarfile.TarInfo) -> str:
+    """Why a member of an archive is not read; empty for a regular file with a name inside the archive."""
     if member.issym() or member.islnk():
         return f"refused: a link inside an archive (to {member.linkname!r})"
     if not member.isreg() or member.issparse():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -128,6 +129,45 @@ def test_a_damaged_shard_keeps_what_is_before_the_damage(tubeworks: Shards, shar
     assert done.code == 0, done.stderr
     assert done.json["written"] == 2
     assert any("damaged from here on" in row["reason"] for row in done.json["failed"])
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "reason"),
+    [
+        ("../climbed.jpg", tarfile.REGTYPE, "leads out of the archive"),
+        ("/rooted.jpg", tarfile.REGTYPE, "leads out of the archive"),
+        ("soft.jpg", tarfile.SYMTYPE, "a link inside an archive (to '000000000.jpg')"),
+        ("hard.jpg", tarfile.LNKTYPE, "a link inside an archive (to '000000000.jpg')"),
+        ("device.jpg", tarfile.CHRTYPE, "not a regular file"),
+        ("pipe.jpg", tarfile.FIFOTYPE, "not a regular file"),
+        ("a\x1b[2Jb.jpg", tarfile.REGTYPE, "control characters"),
+    ],
+)
+def test_strange_members_of_served_shards_are_left_out_by_name(
+    tubeworks: Shards, make_image: Callable[..., bytes], tmp_path: Path, name: str, kind: bytes, reason: str
+) -> None:
+    folder = tmp_path / "foreign"
+    foreign(folder / "0.tar", {f"{n:09d}": {"jpg": make_image(seed=n)} for n in range(2)})
+    with tarfile.open(folder / "0.tar", "a") as archive:
+        info = tarfile.TarInfo(name)
+        info.type, info.linkname = kind, "000000000.jpg"
+        data = make_image(seed=3) if kind == tarfile.REGTYPE else b""
+        info.size = len(data)
+        archive.addfile(info, io.BytesIO(data))
+    common = ("index", folder, "--name", "laion", "--kind", "image", "--label-from", "none", "--overwrite")
+    done = tubeworks(*common, "--json")
+    assert done.code == 0, done.stderr
+    [failure] = done.json["failed"]
+    assert (done.json["written"], failure["key"]) == (2, name.removesuffix(".jpg"))
+    assert reason in failure["reason"]
+    assert "\x1b" not in tubeworks(*common).stdout
+    assert tubeworks("verify", folder, "--decode").code == 0
+
+
+def test_a_pipe_among_the_shards_is_an_error_and_no_hang(tubeworks: Shards, shards: Path) -> None:
+    os.mkfifo(shards / "00002.tar")
+    done = tubeworks("index", shards, "--name", "laion", "--kind", "image")
+    assert (done.code, "00002.tar: not a file" in done.stderr) == (3, True)
 
 
 @pytest.fixture

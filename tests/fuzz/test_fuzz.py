@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from benchmarks.fuzz.campaigns import (
@@ -17,11 +18,13 @@ from benchmarks.fuzz.campaigns import (
     tables,
 )
 from benchmarks.fuzz.damage import BROKEN
+from benchmarks.fuzz.served import served_shards
+from benchmarks.fuzz.strange import Strange, strange_archives, strange_shards
 
 
 @pytest.mark.parametrize(
     ("campaign", "count"),
-    [(bytes_in_shards, 60), (decoders, 40), (files, 40), (archives, 12), (tables, 16)],
+    [(bytes_in_shards, 60), (decoders, 40), (files, 40), (archives, 18), (served_shards, 108), (tables, 18)],
 )
 def test_damage_is_refused_by_name_or_harmless(
     campaign: Callable[[Path, int, int], list[Outcome]], count: int, tmp_path: Path
@@ -36,3 +39,12 @@ def test_damage_is_refused_by_name_or_harmless(
     if campaign in (decoders, files):
         hopeless = {one.damage for one in refused} & set(BROKEN)
         assert len(hopeless) >= len(BROKEN) - 1, "some decoders fill what is cut off with grey"
+
+
+@pytest.mark.parametrize(("make", "count", "kinds"), [(strange_archives, 18, 6), (strange_shards, 108, 36)])
+def test_every_kind_of_strange_member_comes_in_a_whole_archive(
+    make: Callable[..., list[Strange]], count: int, kinds: int
+) -> None:
+    made = make(np.random.default_rng(0), count)
+    whole = {one.what for one in made if one.what not in ("a damaged header", "cut off")}
+    assert (len(made), len(whole)) == (count, kinds)
