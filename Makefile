@@ -6,6 +6,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 # what some tests need beside Python packages: a browser for the MLflow pages, FFmpeg for torchcodec, a Slurm
 SYSTEM_PACKAGES := chromium ffmpeg slurm-wlm:slurmctld munge:munged
+# apart, because not every release has them under these names: what `sacct` needs
+ACCOUNTING_PACKAGES := slurmdbd mariadb-server-core:mariadbd mariadb-client-core:my_print_defaults
 
 FFCV_PACKAGES := g++ pkg-config libopencv-dev:/usr/include/opencv4/opencv2/core.hpp \
   libturbojpeg0-dev:/usr/include/turbojpeg.h
@@ -43,6 +45,7 @@ unit: install-dev
 
 system-packages:
 	@.ci/system-packages $(SYSTEM_PACKAGES)
+	@.ci/system-packages $(ACCOUNTING_PACKAGES)
 
 # apart from the other extras, because it is compiled here and may fail
 ffcv: install-dev

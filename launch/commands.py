@@ -123,13 +123,12 @@ def status(
     if run is None:
         list_runs(None, as_json)
         return
-    from launch.slurm import ENDED
     from launch.status import show_status, status_of
 
     while True:
         found = status_of(run)
         typer.echo(json.dumps(found.as_dict()) if as_json else show_status(found))
-        if not watch or found.state in ENDED or found.job_id is None:
+        if not watch or not found.active:
             return
         sys.stdout.flush()
         time.sleep(10)

@@ -134,7 +134,8 @@ def _kill_wait(settings: Mapping[str, str], site: Site) -> Finding:
 def _forgotten(settings: Mapping[str, str]) -> Finding:
     value = settings.get("MinJobAge", "300 sec")
     meaning = (
-        "so long the controller remembers a job that has ended; `launch status` reads the run folder then"
+        "so long the controller remembers a job that has ended; `launch status` asks sacct then, and where "
+        "there is no accounting it reads the run folder"
     )
     return Finding("MinJobAge", value, "good", meaning)
 

@@ -6,6 +6,7 @@ our own (`--json` changes its fields from version to version, and `scontrol` onl
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import shutil
@@ -14,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from framework.errors import SchedulerError
-from launch.slurm_answers import ENDED, Estimate, Job, PastJob, parse_job, parse_keys, parse_time
+from launch.slurm_answers import ENDED, Estimate, Job, PastJob, parse_job, parse_keys, parse_past, parse_time
 
 __all__ = [
     "ENDED",
@@ -40,6 +41,8 @@ __all__ = [
     "set_comment",
     "show_job",
 ]
+
+log = logging.getLogger(__name__)
 
 SECONDS = 30.0
 """A controller that has not answered by then is not going to; Slurm itself tries for 9 to 18 s."""
@@ -138,13 +141,17 @@ def jobs_of_user(user: str | None = None, *, ended: bool = False) -> list[Job]:
     return found
 
 
-def past_jobs(job_id: str) -> list[PastJob] | None:
-    """Every attempt of a job in the accounting database, oldest first; None where there is no accounting.
+def past_jobs(*job_ids: str) -> list[PastJob] | None:
+    """Every attempt of these jobs (and of their arrays) in the accounting database, oldest first.
+
+    None where there is no accounting, or where it does not answer; see `PastJob.is_of`.
 
     Errors:
         SlurmMissing: Slurm is not installed.
     """
-    columns = ("JobID", "State", "ExitCode", "NodeList", "Start", "End")
+    columns = ("JobID", "State", "ExitCode", "NodeList", "Start", "End", "WorkDir")
+    # of whole arrays: sacct finds no element that never began
+    asked = dict.fromkeys(job_id.partition("_")[0] for job_id in job_ids)
     try:
         text = run(
             "sacct",
@@ -153,21 +160,16 @@ def past_jobs(job_id: str) -> list[PastJob] | None:
             "--noheader",
             "--parsable2",
             f"--delimiter={_SEPARATOR}",
-            f"--jobs={job_id}",
+            f"--jobs={','.join(asked)}",
             f"--format={','.join(columns)}",
         )
     except SlurmMissing:
         raise
-    except SchedulerError:
+    except SchedulerError as error:
+        log.debug("sacct has no answer: %s", error)
         return None
-    rows = [
-        line.split(_SEPARATOR) for line in text.splitlines() if line.count(_SEPARATOR) == len(columns) - 1
-    ]
-    return [
-        PastJob(row[0], row[1].split()[0], row[2], row[3], parse_time(row[4]), parse_time(row[5]))
-        for row in rows
-        if len(row) == len(columns) and row[1].strip()
-    ]
+    rows = [line.split(_SEPARATOR) for line in text.splitlines()]
+    return [parse_past(row) for row in rows if len(row) == len(columns) and row[1].strip()]
 
 
 def cancel(job_id: str) -> None:
@@ -274,7 +276,8 @@ def estimate(script: Path, seconds: float = SECONDS) -> Estimate:
 def _environment() -> dict[str, str]:
     """The user's environment without what would change the form of answers."""
     unwanted = ("SLURM_TIME_FORMAT", "SQUEUE_FORMAT", "SQUEUE_FORMAT2", "SQUEUE_STATES", "SACCT_FORMAT")
-    return {**{name: value for name, value in os.environ.items() if name not in unwanted}, "LC_ALL": "C"}
+    kept = {name: value for name, value in os.environ.items() if name not in unwanted}
+    return {**kept, "LC_ALL": "C", "SLURM_BITSTR_LEN": "0"}  # the second: all elements of an array
 
 
 def _failure(command: Sequence[str], said: str) -> SchedulerError:

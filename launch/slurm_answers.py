@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import pwd
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-__all__ = ["ENDED", "Estimate", "Job", "PastJob", "parse_job", "parse_keys", "parse_limit", "parse_time"]
+__all__ = [
+    "ENDED",
+    "Estimate",
+    "Job",
+    "PastJob",
+    "parse_job",
+    "parse_keys",
+    "parse_limit",
+    "parse_past",
+    "parse_time",
+]
 
 ENDED = frozenset(
     {
@@ -73,10 +85,33 @@ class PastJob:
 
     job_id: str
     state: str
+    cancelled_by: str
+    """The user who cancelled it; empty where nobody did."""
     exit_code: str
+    """`code:signal` of the batch script."""
     nodes: str
     started: float | None
     ended: float | None
+    work_dir: str
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether it will not run again by itself."""
+        return self.state in ENDED
+
+    def is_of(self, job_id: str) -> bool:
+        """Whether it is this job; elements of an array that never began are one, `24_[0,2-8:2%4]`."""
+        array, _, elements = self.job_id.partition("_[")
+        wanted, _, element = job_id.partition("_")
+        if not elements or wanted != array or not element.isdigit():
+            return self.job_id == job_id
+        for part in elements.rstrip("]").partition("%")[0].split(","):
+            found = re.fullmatch(r"(\d+)(?:-(\d+))?(?::(\d+))?", part)
+            if found is not None:
+                first, last, step = found.groups()
+                if int(element) in range(int(first), int(last or first) + 1, int(step or 1)):
+                    return True
+        return False
 
 
 @dataclass(frozen=True)
@@ -130,6 +165,30 @@ def parse_job(keys: Mapping[str, str]) -> Job:
         comment=said("Comment"),
         exit_code=said("ExitCode"),
     )
+
+
+def parse_past(cells: Sequence[str]) -> PastJob:
+    """A row of `sacct --format=JobID,State,ExitCode,NodeList,Start,End,WorkDir`."""
+    job_id, said, exit_code, nodes, started, ended, work_dir = cells
+    state, _, user = said.partition(" by ")
+    return PastJob(
+        job_id=job_id,
+        state=state.split()[0],
+        cancelled_by=_user_name(user.strip()),
+        exit_code=exit_code,
+        nodes="" if nodes == "None assigned" else nodes,
+        started=parse_time(started),
+        ended=parse_time(ended),
+        work_dir=work_dir,
+    )
+
+
+def _user_name(uid: str) -> str:
+    """The name of a user whose number Slurm tells; the number where this machine does not know it."""
+    try:
+        return pwd.getpwuid(int(uid)).pw_name
+    except (ValueError, KeyError):
+        return uid
 
 
 def parse_time(text: str) -> float | None:

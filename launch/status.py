@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 from framework.errors import SchedulerError, TubeworksError
 from framework.tracking.sender import load_state
 from launch import slurm
-from launch.submission import Attempt, attempts_of, newest_step, read_submission
+from launch.submission import Attempt, Submission, attempts_of, newest_step, read_submission
 from launch.submit import works_on
 
 __all__ = ["RunStatus", "runs_of_user", "show_list", "show_status", "status_of"]
@@ -31,11 +32,19 @@ class RunStatus:
     name: str
     job_id: str | None
     state: str
-    """Slurm's word while it knows the job; else finished, stopped, failed, or unknown."""
+    """Slurm's word where its controller or its accounting knows the job; else finished, stopped, failed,
+    running (on this machine), or unknown."""
+    active: bool
+    """Whether a job works on it or waits to."""
     reason: str
     """Why it waits or why it ended."""
     nodes: str
     restarts: int
+    started: float | None
+    """When the job's last start was, by Slurm."""
+    ended: float | None
+    exit_code: str
+    """`code:signal` of the job when it has ended, by Slurm."""
     ends: float | None
     """When its time limit is over."""
     steps: int
@@ -51,7 +60,7 @@ class RunStatus:
     mlflow_status: str | None
     attempts: list[Attempt]
     accounting: list[slurm.PastJob] | None
-    """What sacct has; None where there is no accounting."""
+    """What sacct has of the job; None where there is no accounting, or no answer."""
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -65,9 +74,20 @@ def status_of(run: Path) -> RunStatus:
         TubeworksError: it was never submitted, or its folder is damaged.
         SchedulerError: the controller does not answer.
     """
-    submission, attempts = read_submission(run), attempts_of(run)
+    submission = read_submission(run)
+    return _status(run, submission, _accounting([submission]))
+
+
+def _status(run: Path, submission: Submission, accounting: list[slurm.PastJob] | None) -> RunStatus:
+    """What is known of a run, with the accounts of any jobs."""
+    attempts = attempts_of(run)
     job = _job(submission.job_id, submission.run)
+    if accounting is not None:  # a counter that began again gives numbers to other jobs
+        mine = (one for one in accounting if one.is_of(str(submission.job_id)))
+        accounting = [one for one in mine if works_on(one, submission.run)]
+    past = accounting[-1] if accounting and accounting[-1].has_ended else None
     last = attempts[-1] if attempts else None
+    known = job or past
     entries = _journal_tail(run)
     losses = [entry for entry in entries if "train/loss" in entry.get("metrics", {})]
     mlflow = load_state(run) if (run / "mlflow.json").is_file() else {}
@@ -75,10 +95,14 @@ def status_of(run: Path) -> RunStatus:
         run=submission.run,
         name=submission.name,
         job_id=submission.job_id,
-        state=job.state if job else _state_without_job(last),
-        reason=_reason(job, last),
-        nodes=job.nodes if job else (last.nodes if last else ""),
+        state=known.state if known else _state_without_job(last),
+        active=job is not None and not job.has_ended,
+        reason=_reason(job, past, last),
+        nodes=known.nodes if known else (last.nodes if last else ""),
         restarts=job.restarts if job else (last.restart if last else 0),
+        started=known.started if known else None,
+        ended=_ended(job, past),
+        exit_code=known.exit_code if known and known.has_ended else "",
         ends=job.ends if job and not job.has_ended else None,
         steps=_steps(run),
         step=losses[-1]["step"] if losses else 0,
@@ -88,7 +112,7 @@ def status_of(run: Path) -> RunStatus:
         mlflow_run=mlflow.get("run_id"),
         mlflow_status=mlflow.get("status") if mlflow.get("run_id") else None,
         attempts=attempts,
-        accounting=_accounting(submission.job_id),
+        accounting=accounting,
     )
 
 
@@ -111,15 +135,27 @@ def runs_of_user(folders: Sequence[Path]) -> list[RunStatus]:
         places = [Path(job.work_dir).parent for job in jobs if job.work_dir.endswith("/code")]
         found |= {place for place in places if (place / "launch" / "submission.json").is_file()}
     order = sorted(found, key=lambda run: (run / "launch" / "submission.json").stat().st_mtime, reverse=True)
+    submissions: dict[Path, Submission] = {}
     statuses = []
     for run in order:
-        try:
-            statuses.append(status_of(run))
-        except SchedulerError:
-            raise
-        except TubeworksError as error:  # one damaged folder must not hide the others
-            log.warning("left out: %s", error)
+        with _left_out():
+            submissions[run] = read_submission(run)
+    accounting = _accounting(list(submissions.values()))  # one question for all
+    for run, submission in submissions.items():
+        with _left_out():
+            statuses.append(_status(run, submission, accounting))
     return statuses
+
+
+@contextmanager
+def _left_out() -> Iterator[None]:
+    """One damaged folder must not hide the others."""
+    try:
+        yield
+    except SchedulerError:
+        raise
+    except TubeworksError as error:
+        log.warning("left out: %s", error)
 
 
 def show_status(status: RunStatus) -> str:
@@ -129,6 +165,9 @@ def show_status(status: RunStatus) -> str:
     lines = [f"{status.name}  {status.run}", f"  {job}: {status.state}{where}"]
     if status.reason:
         lines.append(f"  {status.reason}")
+    if status.ended is not None:
+        began = f"began {_clock(status.started)}, " if status.started is not None else ""
+        lines.append(f"  {began}ended {_clock(status.ended)}, exit code {status.exit_code}")
     pace = f", {status.steps_per_second:.3g} steps/s" if status.steps_per_second else ""
     loss = f", loss {status.loss:.4f}" if status.loss is not None else ""
     lines.append(
@@ -194,22 +233,30 @@ def _state_without_job(last: Attempt | None) -> str:
     )
 
 
-def _reason(job: slurm.Job | None, last: Attempt | None) -> str:
+def _ended(job: slurm.Job | None, past: slurm.PastJob | None) -> float | None:
+    if job is not None:
+        return job.ends if job.has_ended else None
+    return past.ended if past else None
+
+
+def _reason(job: slurm.Job | None, past: slurm.PastJob | None, last: Attempt | None) -> str:
     if job is not None and job.comment:
         return job.comment.removeprefix("tubeworks: ")
     if job is not None and job.state == "PENDING":
         return f"waits: {job.reason}" if job.reason else "waits"
+    if past is not None and past.cancelled_by and (job is None or job.has_ended):
+        return f"cancelled by {past.cancelled_by}"
     if last is not None and last.cause not in (None, "finished"):
         return f"{last.cause}: {last.note}" if last.note else str(last.cause)
     return ""
 
 
-def _accounting(job_id: str | None) -> list[slurm.PastJob] | None:
-    if job_id is None:
-        return None
+def _accounting(submissions: Sequence[Submission]) -> list[slurm.PastJob] | None:
+    """What sacct has of the jobs of these runs; None where it cannot be asked."""
+    job_ids = [one.job_id for one in submissions if one.job_id is not None]
     try:
-        return slurm.past_jobs(job_id)
-    except SchedulerError:
+        return slurm.past_jobs(*job_ids) if job_ids else None
+    except slurm.SlurmMissing:
         return None
 
 

@@ -252,7 +252,7 @@ def active_job(run: Path) -> slurm.Job | None:
     return job if not job.has_ended and works_on(job, submission.run) else None
 
 
-def works_on(job: slurm.Job, run: str) -> bool:
+def works_on(job: slurm.Job | slurm.PastJob, run: str) -> bool:
     """Whether a job is that of a run; the elements of a sweep share their code."""
     return os.path.realpath(job.work_dir) == os.path.realpath(f"{run}/code")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from launch.requeue import cause_of_stop, decide, stopped_by_guard
-from launch.slurm_answers import Job, parse_job, parse_keys, parse_limit
+from launch.slurm_answers import Job, parse_job, parse_keys, parse_limit, parse_past
 from launch.submission import Attempt, attempts_of, begin_attempt, end_attempt, write_stop
 
 JOB = """\
@@ -144,3 +144,14 @@ def test_bad_nodes_are_nobodys_crash() -> None:
     crashed = replace(bad, number=9, cause="crashed")
     assert decide([*history, crashed], max_requeues=1, max_crashes=2).again
     assert not decide([*history, crashed, crashed], max_requeues=9, max_crashes=2).again
+
+
+def test_rows_of_the_accounts() -> None:
+    times = ["2026-11-20T18:06:07", "Unknown"]
+    row = parse_past(
+        ["24_[0,2-8:3%4]", "CANCELLED by 99999999", "0:15", "None assigned", *times, "/run/code"]
+    )
+    assert [one for one in range(10) if row.is_of(f"24_{one}")] == [0, 2, 5, 8]
+    assert not any(row.is_of(other) for other in ("24", "2_0", "24_", "24_x"))
+    assert (row.state, row.cancelled_by, row.nodes, row.ended) == ("CANCELLED", "99999999", "", None)
+    assert parse_past(["24_1", "TIMEOUT", "0:0", "c1", *times, "/run/code"]).is_of("24_1")

@@ -55,7 +55,7 @@ SlurmdParameters=config_overrides
 SlurmctldTimeout=30
 SlurmdTimeout=20
 KillWait=30
-MinJobAge=3600
+MinJobAge={job_age}
 {accounting}
 JobCompType=jobcomp/filetxt
 JobCompLoc={folder}/jobcomp.txt
@@ -70,16 +70,22 @@ def missing_reason() -> str | None:
     """Why there can be no Slurm here, after an attempt to install it; None where there can be one."""
     if os.geteuid() != 0:
         return "starting a Slurm needs root (munged and slurmd run as root)"
-    if all(shutil.which(name) for name in NEEDED):
+    return install(NEEDED, ("slurm-wlm", "munge"))
+
+
+def install(commands: Sequence[str], packages: Sequence[str]) -> str | None:
+    """Why these commands are not here, after an attempt to install their packages; None if they are."""
+    if all(shutil.which(name) for name in commands):
         return None
+    what = " and ".join(packages)
     if shutil.which("apt-get") is None:
-        return "slurm-wlm and munge are not installed, and there is no apt-get"
+        return f"{what} are not installed, and there is no apt-get"
     environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-    install = ["apt-get", "-q", "-y", "install", "--no-install-recommends", "slurm-wlm", "munge"]
-    for command in (["apt-get", "-q", "update"], install):
-        subprocess.run(command, env=environment, capture_output=True, check=False, timeout=600)
-    missing = [name for name in NEEDED if shutil.which(name) is None]
-    return f"slurm-wlm and munge could not be installed: no {', '.join(missing)}" if missing else None
+    for command in (["update"], ["-y", "install", "--no-install-recommends", *packages]):
+        words = ["apt-get", "-q", *command]
+        subprocess.run(words, env=environment, capture_output=True, check=False, timeout=600)
+    missing = [name for name in commands if shutil.which(name) is None]
+    return f"{what} could not be installed: no {', '.join(missing)}" if missing else None
 
 
 def namespaces_allowed() -> bool:
@@ -109,8 +115,11 @@ class Cluster:
         self.configuration = self.folder / "slurm.conf"
         self.gpus = False
         self.accounting = "AccountingStorageType=accounting_storage/none"
-        first = _free_ports(1 + len(NODES))
-        self._controller_port, self._node_ports = first[0], dict(zip(NODES, first[1:], strict=True))
+        self.job_age = 3600
+        """Seconds until the controller forgets a job that has ended."""
+        first, *ports = _free_ports(3 + len(NODES))
+        self._controller_port, self._node_ports = first, dict(zip(NODES, ports, strict=False))
+        self.spare_ports = tuple(ports[len(NODES) :])
 
     @property
     def environment(self) -> dict[str, str]:
@@ -126,6 +135,7 @@ class Cluster:
         for name in ("log", "state", "spool"):
             (self.folder / name).mkdir()
         self._start_munge()
+        self.start_accounting()
         self._make_gpus()
         self.write_configuration()
         known = Path("/etc/hosts").read_text(encoding="utf-8")
@@ -135,6 +145,9 @@ class Cluster:
         for node in NODES:
             self.start_node(node)
         wait_until(self._all_idle, 60, f"the nodes are not idle, see {self.folder}/log", every=0.2)
+
+    def start_accounting(self) -> None:
+        """Start what `accounting` names: nothing here, see `accounts`."""
 
     def write_configuration(self) -> None:
         """Write slurm.conf as the settings of this object are now; `reconfigure` makes it count."""
@@ -151,6 +164,7 @@ class Cluster:
             controller_port=self._controller_port,
             user_signal="SlurmctldParameters=preempt_send_user_signal" if self.user_signal else "",
             accounting=self.accounting,
+            job_age=self.job_age,
             gres="GresTypes=gpu" if self.gpus else "",
             nodes="\n".join(nodes),
         )
@@ -173,7 +187,11 @@ class Cluster:
 
     def stop_controller(self) -> None:
         """Stop slurmctld; jobs go on without it."""
-        _stop([self.folder / "slurmctld.pid"])
+        self.stop_daemons("slurmctld")
+
+    def stop_daemons(self, *names: str) -> None:
+        """End daemons by their pid files, and wait until they are gone."""
+        _stop([self.folder / f"{name}.pid" for name in names])
 
     def start_node(self, node: str) -> None:
         """Start one host's slurmd."""
@@ -239,8 +257,7 @@ class Cluster:
         if (self.folder / "slurmctld.pid").exists():
             with contextlib.suppress(AssertionError, subprocess.TimeoutExpired):
                 self.clear()
-        names = ["slurmctld", *(f"slurmd.{node}" for node in NODES), "munged"]
-        _stop([self.folder / f"{name}.pid" for name in names])
+        self.stop_daemons("slurmctld", *(f"slurmd.{node}" for node in NODES), "munged")
         self._end_leftovers()
         if not keep:
             shutil.rmtree(self.folder, ignore_errors=True)
