@@ -91,7 +91,8 @@ def state_bytes(
 
     ZeRO-1 shares out the optimizer, ZeRO-2 gradients too, ZeRO-3 also the weights (Rajbhandari et al., 2020,
     §5). In bf16 there is an fp32 copy of the weights that train, and gradients are summed in fp32 where the
-    optimizer keeps them. Under ZeRO-1 every rank has the sums of all, and each gradient goes into them at once.
+    optimizer keeps them. Under ZeRO-1 every rank has the sums of all, and each gradient goes into them at
+    once.
     """
     every = sum(parameter.numel() for parameter in model.parameters())
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
