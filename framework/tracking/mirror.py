@@ -31,7 +31,16 @@ from framework.tracking.sender import Sender, Settings, bound_outages, load_stat
 if TYPE_CHECKING:
     from framework.recipe.schema import Recipe
 
-__all__ = ["MlflowMirror", "RunInfo", "Status", "SyncReport", "settings_of", "sync_run"]
+__all__ = [
+    "MlflowMirror",
+    "RunInfo",
+    "Status",
+    "SyncReport",
+    "keep_settings",
+    "kept_settings",
+    "settings_of",
+    "sync_run",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -129,8 +138,7 @@ class MlflowMirror:
     def _write_files(self) -> None:
         """What `sync_run` and the artifacts need, whatever happens to this process."""
         self.run.mkdir(parents=True, exist_ok=True)
-        kept = {**asdict(self.settings), "uri": masked(self.settings.uri)}
-        replace_text(self.run / "tracking.json", json.dumps(kept, indent=1) + "\n")
+        keep_settings(self.run, self.settings)
         if self._dirty:
             attempt = self.settings.attempt
             name = "git.diff" if attempt == 0 else f"git-attempt-{attempt}.diff"
@@ -191,6 +199,16 @@ def sync_run(run: Path, settle: bool = True) -> SyncReport:
     finally:
         lock.release()
     return SyncReport(str(sender.run_id), masked(settings.uri), points, files, sender.offset)
+
+
+def keep_settings(run: Path, settings: Settings) -> None:
+    """Write `RUN/tracking.json`, without passwords.
+
+    Errors:
+        OSError: it cannot be written.
+    """
+    kept = {**asdict(settings), "uri": masked(settings.uri)}
+    replace_text(run / "tracking.json", json.dumps(kept, indent=1) + "\n")
 
 
 def kept_settings(run: Path) -> Settings:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from framework.files import replace_text
 from framework.tracking.git import masked
 from framework.tracking.lock import RunLock
-from framework.tracking.mirror import RunInfo, Status, kept_settings, settings_of
+from framework.tracking.mirror import RunInfo, Status, keep_settings, kept_settings, settings_of
 from framework.tracking.sender import Sender, load_state, reason, save_state
 
 if TYPE_CHECKING:
@@ -37,8 +34,7 @@ def register_run(run: Path, recipe: Recipe, info: RunInfo) -> str | None:
         settings = kept_settings(run)
     else:
         settings = settings_of(run, recipe, info)
-        kept = {**asdict(settings), "uri": masked(settings.uri)}
-        replace_text(run / "tracking.json", json.dumps(kept, indent=1) + "\n")
+        keep_settings(run, settings)
     sender, lock = Sender(settings), RunLock(run)
     if not lock.acquire():
         return sender.run_id
