@@ -28,6 +28,7 @@ from framework.training.checkpoint_manifest import FIXED, folder_of, read_manife
 from framework.training.distributed import Peers
 from framework.training.flight import Flight, Task
 from framework.training.host_memory import available_memory
+from framework.training.numbers import LOWER_THE_RATE
 from framework.training.snapshot import (
     HostCopies,
     Share,
@@ -235,9 +236,7 @@ class Saver:
                 kind = file.rpartition("-")[0]
                 raise TrainingStopped(
                     f"weights or moments are not finite after step {step}, so they are not saved ({kind} of "
-                    f"{name}, rank {self._peers.world.rank}, was found first): lower optimizer.lr or raise "
-                    "schedule.warmup. The run's last checkpoint is from before; a changed recipe needs a new "
-                    "--run folder"
+                    f"{name}, rank {self._peers.world.rank}, was found first): {LOWER_THE_RATE}"
                 )
 
         return look
