@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from framework.errors import ModelError, RecipeError, TubeworksError
+from framework.errors import CheckpointError, ModelError, RecipeError, TubeworksError
 from framework.models.registry import build_model, inputs_of
 from framework.recipe import load_recipe
 from framework.recipe.model_sections import reconstructs
@@ -100,5 +100,7 @@ def open_finished(folder: Path, weights: Weights | None = None) -> FinishedRun:
     checkpoint = newest_valid(folder)
     has_average = AVERAGE in read_manifest(checkpoint)["kinds"]
     if weights == "ema" and not has_average:
-        raise TubeworksError(f"{checkpoint} holds no averaged weights: the run had no train.ema_decay")
+        raise CheckpointError(
+            f"{checkpoint} holds no averaged weights: the run had no train.ema_decay. Use --weights raw"
+        )
     return FinishedRun(folder, recipe, checkpoint, has_average if weights is None else weights == "ema")

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from framework.data.augment import resize, view_boxes
-from framework.errors import DataError, ModelError, RecipeError, TubeworksError
+from framework.errors import CheckpointError, DataError, ModelError, RecipeError, TubeworksError
 from framework.evaluation.metrics import SourceResult
 from framework.evaluation.report import EvaluationReport, write_report
 from framework.exchange.exporting import Kind, export_run
@@ -303,7 +303,7 @@ def test_what_does_not_go_together_is_refused_before_anything_is_written(tmp_pat
     (tmp_path / "full" / "file").touch()
     with pytest.raises(TubeworksError, match="is not empty"):
         export_run(run, "timm", tmp_path / "full")
-    with pytest.raises(TubeworksError, match="no averaged weights"):
+    with pytest.raises(CheckpointError, match="no averaged weights"):
         export_run(run, "timm", tmp_path / "out", weights="ema")
 
 
