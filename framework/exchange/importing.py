@@ -22,6 +22,7 @@ from framework.models.weights.convert import Account, Target, fill, format_of
 from framework.models.weights.files import read_weights
 from framework.models.weights.formats import Format
 from framework.recipe import dump_yaml, load_recipe, recipe_hash
+from framework.recipe.model_sections import family_of
 from framework.recipe.schema import Model, Recipe
 from framework.recipe.tube_sets import tubes_of
 from framework.training.checkpoint_manifest import WEIGHT
@@ -132,7 +133,7 @@ def import_weights(
 
 
 def _check_family(recipe: Recipe, known: Format, file: Path) -> None:
-    family = recipe.model.name.partition("_")[0]
+    family = family_of(recipe.model)
     taken_by = {"vit": ("vit", "tubevit")}.get(known.family, (known.family,))
     if family not in taken_by:
         more = " (a run of a `vit` starts video models: `init.image`)" if known.family == "vit" else ""

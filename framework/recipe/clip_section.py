@@ -22,8 +22,7 @@ class Clip(Section):
     sampling: Sampling = "dense"
     """`dense`: frames in steps of `stride` or `fps` from a random place on (SlowFast, arXiv 1812.03982);
     `center`: the same from the middle, always; `uniform`: one frame of each of `frames` equal parts of the
-    video,
-    at random inside its part (TSN, arXiv 1608.00859); `random`: any frames of the video, in order."""
+    video, at random inside its part (TSN, arXiv 1608.00859); `random`: any frames of the video, in order."""
 
     @model_validator(mode="after")
     def _one_of_stride_and_fps(self) -> Clip:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from framework.errors import RecipeError
 
-__all__ = ["find_base", "find_recipe", "installed_folder", "recipe_names", "shown"]
+__all__ = ["find_base", "find_recipe", "near_bases", "recipe_names", "shown"]
 
 SUFFIXES = (".yaml", ".yml")
 

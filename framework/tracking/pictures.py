@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from framework.data.loader import Batch
     from framework.data.sources import OpenSource
 
-__all__ = ["Tile", "batch_sheet", "contact_sheet", "spread_frames"]
+__all__ = ["SAMPLES", "Tile", "batch_sheet", "contact_sheet", "spread_frames"]
 
 logger = logging.getLogger(__name__)
 

@@ -136,10 +136,9 @@ class Follower:
 
 def main() -> int:
     """Follow one run."""
-    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"):
-        signal.signal(
-            getattr(signal, name), signal.SIG_IGN
-        )  # they are the training's; it ends us by the pipe
+    # Signals are the training's; it ends us by the pipe.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
     os.nice(10)
     logging.getLogger("framework").addHandler(Reports())
     logging.getLogger("framework").setLevel(logging.INFO)

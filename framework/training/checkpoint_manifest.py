@@ -17,6 +17,7 @@ from framework.training.storage import FileEntry, write_json
 __all__ = [
     "AVERAGE",
     "FIXED",
+    "MANIFEST",
     "WEIGHT",
     "LaterVersion",
     "Unreachable",

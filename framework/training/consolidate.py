@@ -7,6 +7,7 @@ bytes, and are copied block by block to where they belong. Memory does not grow 
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
@@ -140,10 +141,7 @@ class _Reader:
         self._fixed = self._file(FIXED)
         trained = []
         for name, shape in manifest["shapes"].items():
-            count = 1
-            for size in shape:
-                count *= size
-            trained.append(TensorSpec(name, "F32", tuple(shape), 4 * count))
+            trained.append(TensorSpec(name, "F32", tuple(shape), 4 * math.prod(shape)))
         # wide elements first, so that all are aligned
         order = [*trained, *self._fixed.specs.values()]
         self.specs = sorted(order, key=lambda spec: (-WIDTHS.get(spec.dtype, 1), spec.name))

@@ -54,9 +54,11 @@ class Task:
 
     @property
     def busy(self) -> bool:
+        """Whether the thread is still at it."""
         return self._thread.is_alive()
 
     def wait(self, seconds: float) -> None:
+        """Wait for its end, so long at the most."""
         self._thread.join(seconds)
 
     def _run(self) -> None:

@@ -40,8 +40,8 @@ def resolve_schedule(recipe: Recipe, samples: Mapping[str, int]) -> Schedule:
 def learning_rate(step: int, *, base: float, steps: int, schedule: Schedule) -> float:
     """The learning rate that step `step` (counted from 0) is taken with.
 
-    Linear warm-up over `schedule.warmup` steps, then cosine (or nothing) down to `schedule.final * base` at
-    the last step (TubeViT Table 10: cosine with linear warm-up).
+    Linear warm-up over `schedule.warmup` steps, then cosine (or nothing) towards `schedule.final * base`,
+    which step `steps` would have (TubeViT Table 10: cosine with linear warm-up).
     """
     if step < schedule.warmup:
         return base * (step + 1) / schedule.warmup

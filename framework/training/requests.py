@@ -15,7 +15,7 @@ from framework.errors import TubeworksError
 from framework.files import replace_text
 from framework.watch.control import COMMANDS, Mailbox, excluded_nodes, is_count
 
-__all__ = ["STOPS", "Requests", "excluded_nodes"]
+__all__ = ["STOPS", "Requests"]
 
 log = logging.getLogger(__name__)
 

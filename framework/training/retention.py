@@ -15,7 +15,7 @@ from framework.tracking.journal import journal_path
 from framework.training.checkpoint_manifest import checkpoint_folders, looks_whole, step_of
 from framework.training.storage import explain_os_error
 
-__all__ = ["Kept", "prune", "scores", "sort_out"]
+__all__ = ["Kept", "prune", "remove", "scores", "sort_out"]
 
 
 @dataclass(frozen=True)

@@ -88,9 +88,7 @@ class TrainState:
             if self._averages:
                 targets[AVERAGE] = self._averages[index]
             for kind, tensor in targets.items():
-                source = (
-                    kind if kind in kinds else WEIGHT
-                )  # an average that was not kept starts at the weights
+                source = kind if kind in kinds else WEIGHT  # an average that was not kept starts there
                 for fragment in flat.fragments:
                     view = tensor.detach().view(-1)[fragment.offset : fragment.offset + fragment.count]
                     view.copy_(read(source, fragment))

@@ -155,9 +155,9 @@ def _write_down(page: Page, watched: Watched, samples_of: SamplesOf, state: str)
     try:
         write_record(page, watched, state, stacks_of(watched) if state == "hung" else "")
         records = _settled(watched, page)
-        older = [record for record in records if record["rank"] < watched.rank]
-        if any(record["state"] == "running" and _fresh(record, watched) for record in older):
-            return  # rank 0 lives: its sentinel writes when it ends
+        lower = [record for record in records if record["rank"] < watched.rank]
+        if any(record["state"] == "running" and _fresh(record, watched) for record in lower):
+            return  # a lower rank lives: its sentinel writes when it ends
         deadline = time.monotonic() + (ELECTION_SECONDS if watched.rank else 0.0)
         while time.monotonic() < deadline and not target.exists():
             time.sleep(0.05)

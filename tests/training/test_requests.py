@@ -11,9 +11,15 @@ from rank_processes import journalled, start_training, wait_for_step
 
 from framework.errors import TubeworksError
 from framework.training.checkpoint_manifest import checkpoint_folders
-from framework.training.requests import Requests, excluded_nodes
+from framework.training.requests import Requests
 from framework.watch.attempts import attempts_of
-from framework.watch.control import COMMANDS, read_answer, read_request, send_request
+from framework.watch.control import (
+    COMMANDS,
+    excluded_nodes,
+    read_answer,
+    read_request,
+    send_request,
+)
 from launch.control import control_command
 
 LONG = ("train.steps=4000", "checkpoint.every=4000", "guards.hang_seconds=20")

@@ -27,7 +27,7 @@ from framework.models.weights.links import (
     weights_of_heads,
 )
 
-__all__ = ["FORMATS", "Format", "detect"]
+__all__ = ["BIAS", "FORMATS", "KERNEL", "Format", "detect"]
 
 Colour = tuple[float, float, float]
 HALF: Colour = (0.5, 0.5, 0.5)

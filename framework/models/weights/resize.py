@@ -12,7 +12,7 @@ from framework.errors import ModelError
 from framework.models.image_start import resize_places
 from framework.models.kernels import resize_matrix
 
-__all__ = ["renormalise", "resize_kernel", "to_grid"]
+__all__ = ["denormalise", "renormalise", "resize_kernel", "to_grid"]
 
 
 def resize_kernel(kernel: Tensor, wanted: Sequence[int]) -> tuple[Tensor, str]:
