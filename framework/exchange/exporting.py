@@ -72,6 +72,10 @@ def export_run(
         "torchvision": _write_torchvision,
     }
     name = None
+    if kind == "safetensors" and source is not None:
+        raise ModelError(
+            f"--source {source}: `--to safetensors` keeps the classifiers of all sources; leave it out"
+        )
     if kind != "safetensors":
         check_classifies(run, finished.recipe)
         name, _ = finished.source(source)

@@ -303,6 +303,8 @@ def test_what_does_not_go_together_is_refused_before_anything_is_written(tmp_pat
     (tmp_path / "full" / "file").touch()
     with pytest.raises(TubeworksError, match="is not empty"):
         export_run(run, "timm", tmp_path / "full")
+    with pytest.raises(ModelError, match="keeps the classifiers of all sources"):
+        export_run(run, "safetensors", tmp_path / "out", source="things")
     with pytest.raises(CheckpointError, match="no averaged weights"):
         export_run(run, "timm", tmp_path / "out", weights="ema")
 
