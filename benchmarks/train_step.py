@@ -1,22 +1,25 @@
 """The training step against the chip and against what people would use instead, in one run.
 
-    python -m benchmarks.train_step [--out FILE] [--seconds 460] [--tiny]        (make bench-gpu)
+    python -m benchmarks.train_step [--out FILE] [--seconds 440] [--tiny]        (make bench-gpu)
 
 Measures the rate of a large bf16 matrix product, and then, as shares of that rate, forward passes and full
 DeepSpeed steps of TubeViT-B, L and H with 539, 735 and 1176 tokens, with and without compilation, activation
 checkpointing and images beside the clips; the steps of other libraries' ViTs of the same shape; three
-tokenizers; the joint pass against two passes and against padding; a frozen prefix against full training; and
-the largest micro-batches. Needs torch, deepspeed, numpy, pydantic, ruamel.yaml and rich, and a CUDA GPU;
-pixels are random, so it needs no data. `--tiny` runs every part with a tiny model, on a CPU too.
+tokenizers; the kernels of attention; the joint pass against two passes and against padding; a frozen prefix
+against full training; and the largest micro-batches. Needs torch, deepspeed, numpy, pydantic, ruamel.yaml and
+rich, and a CUDA GPU; pixels are random, so it needs no data. `--tiny` runs every part with a tiny model, on a
+CPU too. Each figure is printed, and written to FILE, as soon as it is there.
 """
 
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import json
 import platform
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib import metadata
@@ -32,7 +35,10 @@ from benchmarks.step.timing import Budget, Workbench
 from framework.training.distributed import choose_device, start_process_group
 from framework.world import World
 
-SECONDS = 460.0
+SECONDS = 440.0
+GRACE = 30.0
+"""Seconds beyond that after which a run that hangs is ended."""
+SECTIONS = ("steps", "rivals", "tokenizers", "attention", "joint", "frozen", "largest")
 FORMAT = "tubeworks-train-step"
 
 
@@ -57,42 +63,75 @@ def main() -> None:
     options = parser.parse_args()
     if not (torch.cuda.is_available() or options.tiny):
         sys.exit("there is no CUDA GPU here; `--tiny` runs all parts with a tiny model on the CPU")
-    results = measure(options.seconds, tiny=options.tiny)
-    profile = results.pop("profile")
+    # A driver that hangs must not keep the machine: what is measured is in the file already.
+    faulthandler.dump_traceback_later(options.seconds + GRACE, exit=True)
+    results = measure(options.seconds, tiny=options.tiny, out=options.out)
     print(summary(results))
-    if options.out:
-        options.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-        options.out.with_suffix(".profile.txt").write_text(profile, encoding="utf-8")
 
 
-def measure(seconds: float, *, tiny: bool) -> dict[str, Any]:
-    """Run every section within so many seconds; what did not fit is listed under `skipped`."""
-    torch.set_float32_matmul_precision("high")
+def measure(seconds: float, *, tiny: bool, out: Path | None = None) -> dict[str, Any]:
+    """Run every section within so many seconds; what did not fit is listed under `skipped`.
+
+    Each row is printed, and the file written anew, as soon as it is there: a run that is cut off leaves what
+    it has measured. A section that breaks is listed under `broken`, and the next one begins.
+    """
     device = choose_device(World())
     start_process_group(World(), device)
-    workbench = Workbench(device, warmup=1, repeats=2) if tiny else Workbench(device)
+    workbench = Workbench(device, warmup=1, repeats=2, settle=0.0) if tiny else Workbench(device)
     bench = Bench(Setting(device, tiny), workbench, Budget(seconds))
-    top = sections.ceiling(bench)
-    rate = top["flops_per_s"]
-    done = sections.steps(bench, rate)
-    results = {
+    results: dict[str, Any] = {
         "format": FORMAT,
         "command": " ".join(["python -m benchmarks.train_step", *sys.argv[1:]]),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "device": _device(workbench),
         "versions": _versions(),
-        "ceiling": top,
-        "steps": done,
-        "rivals": sections.rivals(bench, done, rate),
-        "tokenizers": sections.tokenizers(bench, done),
-        "joint": sections.joint(bench),
-        "frozen": sections.frozen(bench),
-        "profile": sections.profile(bench),
-        "largest": sections.largest(bench),
+        "complete": False,
+        "ceiling": (top := sections.ceiling(bench)),
+        **{name: [] for name in SECTIONS},
         "skipped": bench.budget.skipped,
+        "broken": {},
     }
-    results["goals"] = [vars(goal) for goal in goals(results)]
+    rate, done = top["flops_per_s"], results["steps"]
+    print(f"{results['device']['name']}: {rate / 1e12:.0f} TFLOP/s in bf16", flush=True)
+    parts: dict[str, Callable[[], sections.Rows]] = {
+        "steps": lambda: sections.steps(bench, rate),
+        "rivals": lambda: sections.rivals(bench, done, rate),
+        "tokenizers": lambda: sections.tokenizers(bench, done),
+        "attention": lambda: sections.attention(bench),
+        "joint": lambda: sections.joint(bench),
+        "frozen": lambda: sections.frozen(bench),
+        "largest": lambda: sections.largest(bench),
+    }
+    for name, part in parts.items():
+        collect(results, name, part, out)
+    profile = sections.profile(bench)
+    results["complete"] = True
+    _write(results, out)
+    if out:
+        out.with_suffix(".profile.txt").write_text(profile, encoding="utf-8")
     return results
+
+
+def collect(results: dict[str, Any], name: str, part: Callable[[], sections.Rows], out: Path | None) -> None:
+    """Add a section's rows to the results one by one, each as soon as it is measured."""
+    _write(results, out)
+    try:
+        for row in part():
+            results[name].append(row)
+            print(f"{name}:{_line(row)}", flush=True)
+            _write(results, out)
+    except Exception as error:  # noqa: BLE001 - what the other sections find is worth having
+        results["broken"][name] = f"{type(error).__name__}: {error}"
+        print(f"{name}: broken, {results['broken'][name]}", flush=True)
+
+
+def _write(results: dict[str, Any], out: Path | None) -> None:
+    """Put the results in place in one go, so that the file is whole at every moment."""
+    results["goals"] = [vars(goal) for goal in goals(results)]
+    if out is not None:
+        draft = out.with_name(f".{out.name}.draft")
+        draft.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        draft.replace(out)
 
 
 def _device(workbench: Workbench) -> dict[str, Any]:
@@ -173,22 +212,25 @@ def _joint_gain(rows: list[dict[str, Any]]) -> float | None:
 def summary(results: dict[str, Any]) -> str:
     """A table for a terminal: every row with its spread, then the goals."""
     lines = [f"{results['device']['name']}: {results['ceiling']['flops_per_s'] / 1e12:.0f} TFLOP/s in bf16"]
-    for section in ("steps", "rivals", "tokenizers", "joint", "frozen", "largest"):
+    for section in SECTIONS:
         lines += ["", section, *(_line(row) for row in results[section])]
     lines += ["", "goals"]
     for goal in results["goals"]:
         value = "not measured" if goal["value"] is None else f"{goal['value']:.3f}"
         mark = {None: "?", True: "reached", False: "MISSED"}[goal["reached"]]
         lines.append(f"  {goal['name']}: {value}, wanted {goal['wanted']}: {mark}")
+    lines += [f"  {name} is incomplete: {reason}" for name, reason in results["broken"].items()]
     if results["skipped"]:
         lines += ["", "no time left for: " + "; ".join(results["skipped"])]
     return "\n".join(lines)
 
 
 def _line(row: dict[str, Any]) -> str:
-    words = [str(row[key]) for key in ("name", "kind", "rival", "way") if key in row]
+    words = [str(row[key]) for key in ("name", "kind", "rival", "way", "kernel") if key in row]
     words += [
-        f"{key}={row[key]}" for key in ("tokens", "batch", "clips", "frozen_layers", "compile") if key in row
+        f"{key}={row[key]}"
+        for key in ("tokens", "head_width", "batch", "clips", "frozen_layers", "compile")
+        if key in row
     ]
     if "failed" in row:
         return f"  {', '.join(words)}: {row['failed']}"

@@ -144,7 +144,7 @@ class Product:
             groups[name] = SimpleNamespace(
                 pixels=draw(256, shape, torch.uint8),
                 labels=draw(spec.classes, (count,), torch.int64),
-                seeds=torch.arange(seed * count, (seed + 1) * count),
+                seeds=torch.arange(seed * count, (seed + 1) * count, pin_memory=self._device.type == "cuda"),
             )
         return cast(Any, SimpleNamespace(groups=groups))
 

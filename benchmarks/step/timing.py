@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -37,6 +38,11 @@ class Budget:
         self.skipped.append(name)
         return False
 
+    @property
+    def left(self) -> float:
+        """Seconds until the end."""
+        return max(0.0, self._end - time.monotonic())
+
 
 @dataclass(frozen=True)
 class Workbench:
@@ -45,26 +51,41 @@ class Workbench:
     device: torch.device
     warmup: int = 3
     repeats: int = 10
+    settle: float = 0.5
+    """Seconds of warming up, at least: an idle GPU takes some time to its full clock."""
 
     def time(self, work: Callable[[], object], repeats: int | None = None) -> Times:
-        """Time a call after warming up: with events on a GPU, each call alone; with a clock elsewhere."""
+        """Time calls one after another, as in training: with events on a GPU, with a clock elsewhere.
+
+        Before that it is called until clocks and allocator have settled.
+        """
+        began, count = time.perf_counter(), repeats or self.repeats
         for _ in range(self.warmup):
             work()
         self.wait()
-        seconds = [self._once(work) for _ in range(repeats or self.repeats)]
+        while time.perf_counter() - began < self.settle:
+            work()
+            self.wait()
+        seconds = self._on_gpu(work, count) if self.device.type == "cuda" else self._on_cpu(work, count)
         return Times(statistics.median(seconds), min(seconds), max(seconds), len(seconds))
 
-    def _once(self, work: Callable[[], object]) -> float:
-        if self.device.type != "cuda":
+    def _on_gpu(self, work: Callable[[], object], count: int) -> list[float]:
+        """The host may be ahead: a call does not begin with an empty queue."""
+        marks = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
+        marks[0].record()
+        for mark in marks[1:]:
+            work()
+            mark.record()
+        self.wait()
+        return [first.elapsed_time(second) / 1e3 for first, second in itertools.pairwise(marks)]
+
+    def _on_cpu(self, work: Callable[[], object], count: int) -> list[float]:
+        seconds = []
+        for _ in range(count):
             began = time.perf_counter()
             work()
-            return time.perf_counter() - began
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        work()
-        stop.record()
-        torch.cuda.synchronize(self.device)
-        return start.elapsed_time(stop) / 1e3
+            seconds.append(time.perf_counter() - began)
+        return seconds
 
     def wait(self) -> None:
         """Wait until the device has nothing to do."""

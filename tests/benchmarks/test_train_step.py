@@ -13,8 +13,9 @@ import torch
 
 from benchmarks.step.joint import padded_logits
 from benchmarks.step.product import Case, Setting, operations
+from benchmarks.step.sections import Rows
 from benchmarks.step.tokenizers import WAYS
-from benchmarks.train_step import goals
+from benchmarks.train_step import SECTIONS, collect, goals
 from framework.forecast.hardware import find_hardware
 from framework.models.registry import build_model, inputs_of
 
@@ -47,7 +48,11 @@ def results(results_file: Path) -> dict[str, Any]:
 
 def test_every_part_has_figures(results: dict[str, Any]) -> None:
     assert results["skipped"] == []
+    assert results["broken"] == {}
+    assert results["complete"]
     assert results["ceiling"]["flops_per_s"] > 0
+    chosen = [row for row in results["attention"] if row["kernel"].startswith("as PyTorch")]
+    assert {row["head_width"] for row in chosen if row["median_s"] > 0} == {64, 80}
     for section in ("steps", "tokenizers", "joint", "frozen"):
         assert results[section], section
         for row in results[section]:
@@ -68,7 +73,7 @@ def test_a_share_is_operations_over_time_and_rate(results: dict[str, Any]) -> No
 
 
 def test_frozen_layers_are_cheaper(results: dict[str, Any]) -> None:
-    part, full = results["frozen"]
+    full, part = results["frozen"]
     assert (part["frozen_layers"], full["frozen_layers"]) == (1, 0)
     assert part["operations_of_full"] == pytest.approx((3 + 1) / 6)
 
@@ -119,3 +124,27 @@ def test_padding_computes_what_the_joint_pass_does() -> None:
     expected, found = model(pixels), padded_logits(model, pixels)
     for name, logits in expected.items():
         assert float(((found[name] - logits).norm() / logits.norm()).detach()) < 1e-4
+
+
+def test_a_run_that_is_killed_leaves_what_it_has_measured(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    command = [sys.executable, "-m", "benchmarks.train_step", "--tiny", "--out", str(path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as running:
+        assert running.stdout is not None
+        said = next(line for line in running.stdout if line.startswith("steps:") and ", step," in line)
+        running.kill()
+    assert "share=" in said
+    results = json.loads(path.read_text())
+    assert (results["complete"], len(results["steps"]) >= 1) == (False, True)
+    assert find_hardware(str(path)).matmul == results["ceiling"]["flops_per_s"]
+
+
+def test_a_section_that_breaks_is_named_and_keeps_its_rows(tmp_path: Path) -> None:
+    def part() -> Rows:
+        yield {"way": "first", "size": "b", "median_s": 1.0, "low_s": 1.0, "high_s": 1.0}
+        raise ValueError("no such kernel")
+
+    results: dict[str, Any] = {name: [] for name in SECTIONS} | {"broken": {}}
+    collect(results, "joint", part, tmp_path / "results.json")
+    assert [row["way"] for row in json.loads((tmp_path / "results.json").read_text())["joint"]] == ["first"]
+    assert results["broken"] == {"joint": "ValueError: no such kernel"}
