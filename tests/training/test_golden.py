@@ -26,7 +26,7 @@ def test_the_loss_curve_is_the_golden_one(recipe: Recipe) -> None:
     golden = json.loads(GOLDEN.read_text())["losses"]
     assert len(golden) == STEPS == recipe.train.steps
     assert golden[-1] < 0.6 * golden[0], "the curve must be one of a model that learns"
-    assert curve(recipe) == pytest.approx(golden, rel=1e-4)
+    assert curve(recipe) == pytest.approx(golden, rel=2e-5), "an epsilon of 1e-5 in the norms makes 3e-5"
 
 
 def one_step(recipe: Recipe, model: Any, step: int) -> tuple[float, dict[str, torch.Tensor]]:
@@ -41,12 +41,12 @@ def one_step(recipe: Recipe, model: Any, step: int) -> tuple[float, dict[str, to
 
 @pytest.mark.parametrize("step", [0, 1, 2])
 def test_a_bf16_step_is_near_the_fp32_one(recipe: Recipe, step: int) -> None:
-    """On the same weights and data: the loss to 0.2 %, all gradients together to 1.5 %, each to 10 %."""
+    """On the same weights and data: the loss to 0.05 %, all gradients together to 1.5 %, each to 10 %."""
     torch.manual_seed(step)
     low = build_model(recipe.model, inputs_of(recipe)).bfloat16()
     high = copy.deepcopy(low).float()
     (loss, gradients), (expected, reference) = one_step(recipe, low, step), one_step(recipe, high, step)
-    assert loss == pytest.approx(expected, rel=2e-3)
+    assert loss == pytest.approx(expected, rel=5e-4)
     error = sum(float((gradients[name] - value).square().sum()) for name, value in reference.items())
     norm = sum(float(value.square().sum()) for value in reference.values())
     assert (error / norm) ** 0.5 < 0.015
