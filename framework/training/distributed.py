@@ -25,9 +25,21 @@ T = TypeVar("T")
 
 
 def choose_device(world: World) -> torch.device:
-    """The accelerator of this rank, or the CPU where there is none."""
+    """The accelerator of this rank, or the CPU where there is none.
+
+    One that is alone is taken by every rank: Slurm may show each task another one.
+
+    Errors:
+        TubeworksError: the node has more ranks than GPUs.
+    """
     if torch.cuda.is_available():
-        device = torch.device("cuda", world.local_rank % torch.cuda.device_count())
+        count = torch.cuda.device_count()
+        if 1 < count < world.local_size:
+            raise TubeworksError(
+                f"{world.local_size} ranks on this node see {count} GPUs, and no two can share one: start "
+                f"{count} ranks on a node, or show them more (CUDA_VISIBLE_DEVICES, --gpus-per-node)"
+            )
+        device = torch.device("cuda", world.local_rank % count)
         torch.cuda.set_device(device)
         return device
     return torch.device("cpu")

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from framework.errors import TubeworksError
 from framework.training.distributed import choose_device, rank_variables
 from framework.training.transfer import on_device
 from framework.world import World
@@ -39,6 +40,15 @@ def test_deepspeed_is_told_the_gpu_that_the_rank_took(
     assert device == torch.device("cuda", index)
     assert [number for _, number in chosen] == [index]
     assert rank_variables(world, device) == {"RANK": "11", "WORLD_SIZE": "16", "LOCAL_RANK": str(index)}
+
+
+def test_more_ranks_than_gpus_are_refused(
+    chosen: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    with pytest.raises(TubeworksError, match=r"8 ranks on this node see 4 GPUs.*start 4 ranks"):
+        choose_device(World(rank=11, size=16, local_rank=3, local_size=8))
+    assert chosen == []
 
 
 def test_on_a_cpu_ranks_have_their_place_on_the_node() -> None:
