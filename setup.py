@@ -81,7 +81,7 @@ setup(
             "wheel",
         ],
     },
-    entry_points={"console_scripts": ["tubeworks = launch.cli:main"]},
+    entry_points={"console_scripts": ["tubeworks = launch.start:main"]},
     classifiers=[
         "License :: OSI Approved :: Apache Software License",
         "Operating System :: POSIX :: Linux",

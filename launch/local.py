@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from framework.errors import Hang, PeerLost, TubeworksError
+from framework.training.run_place import check_place, missing_folders, remove_empty
 from framework.training.storage import explain_os_error
 from framework.watch.postmortem import newest_postmortem
 from framework.world import World
@@ -34,6 +35,9 @@ TOGETHER_SECONDS = 90.0
 
 POSTMORTEM_SECONDS = 9.0
 """How long the post-mortem of ranks that ended without a word is waited for."""
+
+HELD = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
+"""Signals that wait while ranks are being started."""
 
 _SET_DEATH_SIGNAL = 1  # prctl's PR_SET_PDEATHSIG
 
@@ -63,6 +67,7 @@ def train_command(recipe: str, overrides: Sequence[str], ranks: int | None, run:
             # The ranks check this too, but each of them costs memory and seconds to start.
             suited = fitted(resolved.recipe, run, wanted)
             check_shares(suited.data.mixture, wanted, suited.train.accumulation)
+            check_place(run)
             return run_ranks(["train", recipe, *overrides, "--run", str(run)], wanted, run / "logs")
         world = World()
         os.environ.update(rank_environment(world, free_port(), os.environ))
@@ -122,19 +127,25 @@ def run_ranks(arguments: Sequence[str], ranks: int, logs: Path) -> int:
     Errors:
         CheckpointError: the log folder cannot be made.
     """
+    missing = missing_folders(logs.parent)
     with explain_os_error(logs):
         logs.mkdir(parents=True, exist_ok=True)
     command = rank_command(arguments)
     port = free_port()
     began = time.time()
     processes: list[subprocess.Popen[bytes]] = []
-    handlers = _forward_signals(processes)
+    handlers = _forward_signals(processes, listening=listens(arguments))
+    # What comes before all ranks are there is passed on when they are.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, HELD)
     try:
         for rank in range(ranks):
             world = World(rank, ranks, rank, ranks)
-            processes.append(_start(command, rank_environment(world, port, os.environ), logs, rank))
+            environment = rank_environment(world, port, os.environ)
+            processes.append(_start(command, environment, logs, rank, hold=listens(arguments)))
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
         codes = _wait(processes)
     finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
         for process in processes:
             if process.poll() is None:
                 process.kill()
@@ -147,7 +158,7 @@ def run_ranks(arguments: Sequence[str], ranks: int, logs: Path) -> int:
     code = codes[failed] or 0
     _explain(failed, code, codes, logs / f"rank-{failed}.log")
     _accuse(logs.parent, codes, began)
-    _leave_no_trace(logs, codes)
+    _leave_no_trace(logs, codes, missing)
     if Hang.exit_code in codes:
         return Hang.exit_code
     return code if code >= 0 else 128 - code
@@ -156,6 +167,11 @@ def run_ranks(arguments: Sequence[str], ranks: int, logs: Path) -> int:
 def rank_command(arguments: Sequence[str]) -> list[str]:
     """What a rank runs."""
     return [sys.executable, "-m", "launch.cli", *arguments]
+
+
+def listens(arguments: Sequence[str]) -> bool:
+    """Whether the ranks take signals in a thread; until it is there they hold them back."""
+    return arguments[0] == "train"
 
 
 def rank_at_fault(codes: Sequence[int | None]) -> int | None:
@@ -172,8 +188,10 @@ def rank_at_fault(codes: Sequence[int | None]) -> int | None:
     return min((rank for rank, code in enumerate(codes) if code), key=order, default=None)
 
 
-def _start(command: Sequence[str], env: Mapping[str, str], logs: Path, rank: int) -> subprocess.Popen[bytes]:
-    tied = _tie_to_launcher()
+def _start(
+    command: Sequence[str], env: Mapping[str, str], logs: Path, rank: int, *, hold: bool
+) -> subprocess.Popen[bytes]:
+    tied = _tie_to_launcher(hold=hold)
     if rank == 0:
         return subprocess.Popen(command, env=env, preexec_fn=tied)
     with (logs / f"rank-{rank}.log").open("ab") as log:
@@ -182,16 +200,20 @@ def _start(command: Sequence[str], env: Mapping[str, str], logs: Path, rank: int
         )
 
 
-def _tie_to_launcher() -> Callable[[], None] | None:
-    """What a new rank runs first: if the launcher is killed, the kernel tells the rank to save and leave."""
-    if sys.platform != "linux":
-        return None
-    prctl, launcher = ctypes.CDLL(None).prctl, os.getpid()
+def _tie_to_launcher(*, hold: bool) -> Callable[[], None]:
+    """What a new rank runs first: if the launcher is killed, the kernel tells the rank to save and leave.
+
+    With `hold` it inherits that the launcher holds back signals for the moment.
+    """
+    prctl, launcher = ctypes.CDLL(None).prctl if sys.platform == "linux" else None, os.getpid()
 
     def tie() -> None:
-        prctl(_SET_DEATH_SIGNAL, signal.SIGTERM)
-        if os.getppid() != launcher:
-            os._exit(128 + signal.SIGTERM)
+        if not hold:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD)
+        if prctl is not None:
+            prctl(_SET_DEATH_SIGNAL, signal.SIGTERM)
+            if os.getppid() != launcher:
+                os._exit(128 + signal.SIGTERM)
 
     return tie
 
@@ -211,10 +233,16 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> list[int | None]:
     return [process.poll() for process in processes]
 
 
-def _forward_signals(processes: Sequence[subprocess.Popen[bytes]]) -> dict[int, Any]:
-    """Pass on what ends a job; a terminal's Ctrl-C reaches the ranks by itself and is only survived here."""
+def _forward_signals(processes: Sequence[subprocess.Popen[bytes]], *, listening: bool) -> dict[int, Any]:
+    """Pass on what ends a job.
+
+    A terminal's Ctrl-C reaches the ranks by itself; those that are `listening` take a second one of the same
+    moment for the first, others would be disturbed by it.
+    """
 
     def forward(number: int, _frame: object) -> None:
+        if listening and number == signal.SIGINT:  # they may still be importing, which takes seconds
+            sys.stderr.write(f"SIGINT: passed on to {len(processes)} ranks\n")
         for process in processes:
             if process.poll() is None:
                 process.send_signal(number)
@@ -223,12 +251,12 @@ def _forward_signals(processes: Sequence[subprocess.Popen[bytes]]) -> dict[int, 
     for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # as `nohup` has asked for
             handlers[number] = signal.signal(number, forward)
-    from_terminal = sys.stdin is not None and sys.stdin.isatty()
+    from_terminal = sys.stdin is not None and sys.stdin.isatty() and not listening
     handlers[signal.SIGINT] = signal.signal(signal.SIGINT, (lambda *_: None) if from_terminal else forward)
     return handlers
 
 
-def _leave_no_trace(logs: Path, codes: Sequence[int | None]) -> None:
+def _leave_no_trace(logs: Path, codes: Sequence[int | None], missing: Sequence[Path]) -> None:
     """If all ranks refused to begin, as they have said, leave no folder that looks like a run."""
     crashed = any(code is None or code < 0 or code == 1 for code in codes)
     if crashed or (logs.parent / "run.json").exists():
@@ -236,8 +264,7 @@ def _leave_no_trace(logs: Path, codes: Sequence[int | None]) -> None:
     with contextlib.suppress(OSError):  # the folder was there before, with files of others
         for log in logs.glob("rank-*.log"):
             log.unlink()
-        logs.rmdir()
-        logs.parent.rmdir()
+        remove_empty([logs, logs.parent, *missing[1:]])
 
 
 def _accuse(run: Path, codes: Sequence[int | None], began: float) -> None:

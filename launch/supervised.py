@@ -32,14 +32,14 @@ def supervision_of(run: Path, env: Mapping[str, str] | None = None) -> Supervisi
         return None
     job_id = slurm.own_job_id(env)
     if job_id is None:  # on this machine: whoever sends a signal wants it to end
-        return Supervision(lambda _number: _stays_stopped(run))
+        return Supervision(lambda _number: _stays_stopped(run), by_people=True)
     tags = {
         "slurm.job_id": job_id,
         "slurm.nodes": env.get("SLURM_JOB_NODELIST", ""),
         "slurm.partition": env.get("SLURM_JOB_PARTITION", ""),
         "slurm.restart_count": env.get("SLURM_RESTART_COUNT", "0"),
     }
-    return Supervision(lambda number: _goes_on(run, job_id, number), tags)
+    return Supervision(lambda number: _goes_on(run, job_id, number), tags=tags)
 
 
 def exit_code_of(error: TubeworksError | None, code: int, world: World, run: Path) -> int:

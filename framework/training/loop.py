@@ -85,7 +85,7 @@ def train(
     heart.beat("start")
     device = choose_device(world)
     peers = start_process_group(world, device, 2 * SLOW * recipe.guards.hang_seconds, run)
-    with held_alone(run, peers):
+    with held_alone(run, peers, signals):
         while True:
             try:
                 return attempt_run(recipe, run, device, peers, signals, heart, supervision)
@@ -111,6 +111,7 @@ def attempt_run(
     heart.beat("start")
     session = prepare(recipe, run, device, peers, signals, heart, supervision)
     hosts = list(dict.fromkeys(peers.gather(platform.node())))
+    signals.begin()  # all ranks are here, so none leaves and lets the others wait
     attempt = peers.on_main(lambda: record_attempt(session, hosts))
     heart.begin(attempt, session.start, peers.collectives)
     recorder = Recorder(session, attempt)

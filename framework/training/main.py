@@ -36,8 +36,15 @@ def train_rank(recipe: Recipe, run: Path, world: World, supervision: Supervision
         world.size,
         lambda record: samples_of(recipe, world, record),
     )
+
+    def leaving(number: int) -> None:
+        if supervision is not None and world.is_main:
+            supervision.goes_on(number)  # it writes down that a person wants an end
+        heart.left(number)
+
     # Before torch is imported and starts threads: they inherit the mask that this sets.
-    signals = SignalFlag()
+    early = supervision is None or supervision.by_people
+    signals = SignalFlag(leaving, leaves_early=early, speaks=world.is_main)
     heart.start()
     if not world.is_main:
         for handler in logging.getLogger().handlers:

@@ -33,6 +33,8 @@ from framework.tracking.lock import RunLock
 from framework.tracking.sender import load_state
 from framework.training.checkpoint_manifest import checkpoint_folders
 from framework.training.distributed import Peers
+from framework.training.run_place import check_place, missing_folders, remove_empty
+from framework.training.signals import SignalFlag
 from framework.training.storage import append_json, explain_os_error, write_json, write_text
 from framework.watch.attempts import close_unknown, forget_heartbeats
 from framework.world import World
@@ -165,25 +167,34 @@ def read_run(run: Path) -> dict[str, Any] | None:
 
 
 @contextmanager
-def held_alone(run: Path, peers: Peers) -> Iterator[None]:
+def held_alone(run: Path, peers: Peers, signals: SignalFlag) -> Iterator[None]:
     """Make the run folder, and keep other trainings out of it as long as this one lives.
 
     Errors:
         TubeworksError: another training works in the folder.
+        RecipeError: the folder holds something else.
         CheckpointError: the folder cannot be made.
     """
     lock = RunLock(run, ".training.lock")
+    missing = missing_folders(run)
     peers.on_main(lambda: take_alone(run, lock))
-    try:
-        yield
-    finally:
+
+    def let_go() -> None:
         if peers.world.is_main:
-            leave_no_trace(run, lock)
+            leave_no_trace(run, lock, missing)
         lock.release()
 
+    try:
+        with signals.before_leaving(lambda _number: let_go()):
+            yield
+    finally:
+        let_go()
 
-def leave_no_trace(run: Path, lock: RunLock) -> None:
+
+def leave_no_trace(run: Path, lock: RunLock, missing: Sequence[Path]) -> None:
     """If nothing began in the folder, take the lock file away, and the folder if it is empty then.
+
+    So are the folders above it that were `missing` before.
 
     Whoever has opened the lock meanwhile sees that it is another file now, and opens it again.
     """
@@ -191,7 +202,7 @@ def leave_no_trace(run: Path, lock: RunLock) -> None:
         return
     with contextlib.suppress(OSError):  # others' files, or a folder that cannot be written
         lock.path.unlink(missing_ok=True)
-        run.rmdir()
+    remove_empty([run, *missing[1:]])
 
 
 def take_alone(run: Path, lock: RunLock) -> None:
@@ -199,8 +210,10 @@ def take_alone(run: Path, lock: RunLock) -> None:
 
     Errors:
         TubeworksError: another process holds it.
+        RecipeError: the folder holds something else.
         CheckpointError: the folder cannot be made or written.
     """
+    check_place(run)
     with explain_os_error(run):
         run.mkdir(parents=True, exist_ok=True)
     with explain_os_error(lock.path):

@@ -17,5 +17,7 @@ class Supervision:
 
     goes_on: Callable[[int], bool]
     """Asked on rank 0 after the last checkpoint: will the run, stopped by this signal, be started again?"""
+    by_people: bool = False
+    """Signals come from people alone, who want the run to end; no scheduler sends any."""
     tags: Mapping[str, str] = field(default_factory=dict)
     """What MLflow should say of this attempt: the job's id, its nodes."""

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from framework.errors import Hang, TubeworksError
+from framework.watch.attempts import close_attempt
 from framework.watch.page import PHASES, Page
 from framework.watch.sentinel import COMPOSED, ENDED, FAILED, KILL, RUNNING, Watched, guard
 
@@ -39,9 +40,16 @@ class Heart:
     """Beats of this rank; without a page (evaluation, other systems than Linux) all calls do nothing."""
 
     def __init__(
-        self, page: Page | None = None, *, sentinel: int = 0, wake: int = -1, is_main: bool = False
+        self,
+        page: Page | None = None,
+        *,
+        run: Path = Path(),
+        sentinel: int = 0,
+        wake: int = -1,
+        is_main: bool = False,
     ) -> None:
         self._page = page
+        self._run = run
         self._sentinel = sentinel
         self._wake = wake
         self._is_main = is_main
@@ -53,8 +61,9 @@ class Heart:
     def start(self) -> None:
         """Begin to show that the interpreter answers; after the signal mask is set, which threads inherit."""
         if self._page is not None:
-            self._thread = threading.Thread(target=self._pulse, args=(self._page,), name="pulse", daemon=True)
-            self._thread.start()
+            thread = threading.Thread(target=self._pulse, args=(self._page,), name="pulse", daemon=True)
+            thread.start()
+            self._thread = thread  # not before it can be joined
             logging.getLogger().addHandler(_LastLines(self._page))
 
     def beat(
@@ -99,18 +108,27 @@ class Heart:
         while self._is_main and page.get("verdict") < COMPOSED and time.monotonic() < deadline:
             time.sleep(0.02)
 
+    def left(self, number: int) -> None:
+        """The process leaves at once because of a signal: no crash, so there is no post-mortem."""
+        page = self._page
+        if page is None:
+            return
+        if self._is_main and page.get("attempt") >= 0:
+            cause = f"stopped by {signal.Signals(number).name}"
+            close_attempt(self._run, page.get("attempt"), cause=cause, end_step=page.get("step"))
+        self.end()
+
     def end(self) -> None:
         """Nothing more to watch: the sentinel leaves, and so does the thread."""
         self._over.set()
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-        if self._page is not None:
-            if self._page.get("state") == RUNNING:
-                self._page.set("state", ENDED)
-                os.eventfd_write(self._wake, 1)
-                os.waitpid(self._sentinel, 0)
-            self._page = None
+        page, self._page = self._page, None  # the thread that takes signals may end it, too
+        if page is not None and page.get("state") == RUNNING:
+            page.set("state", ENDED)
+            os.eventfd_write(self._wake, 1)
+            os.waitpid(self._sentinel, 0)
 
     def _pulse(self, page: Page) -> None:
         """Show that the interpreter answers, and leave when the sentinel says that the job hangs."""
@@ -159,7 +177,7 @@ def start_heart(
             os._exit(code)
     faulthandler.register(STACK_SIGNAL, file=stacks, all_threads=True, chain=False)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [STACK_SIGNAL])
-    return Heart(page, sentinel=child, wake=wake, is_main=rank == 0)
+    return Heart(page, run=run, sentinel=child, wake=wake, is_main=rank == 0)
 
 
 def _listed(samples: Mapping[str, Any]) -> str:

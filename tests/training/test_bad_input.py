@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from rank_processes import Job, journalled, start_training
+from rank_processes import CPU, Job, journalled, start_training
 
 
 @pytest.fixture
@@ -74,6 +75,19 @@ def test_no_shards_at_all(recipe_file: Path, tmp_path: Path) -> None:
     job = start_training(recipe_file, tmp_path / "run", 1, *over(tmp_path / "nowhere"))
     assert_refused(job, 3, str(tmp_path / "nowhere"))
     assert not (tmp_path / "run").exists(), "nothing began, so nothing is left behind"
+
+
+@pytest.mark.parametrize("ranks", ["1", "2"])
+@pytest.mark.parametrize("late", ["model.heads=3", "init.weights=/nowhere", "data.sources.motion.classes=9"])
+def test_a_refused_start_leaves_nothing(recipe_file: Path, tmp_path: Path, ranks: str, late: str) -> None:
+    run = tmp_path / "runs" / "mine"
+    command = [sys.executable, "-m", "launch.cli", "train", str(recipe_file), late, "--run", str(run)]
+    done = subprocess.run(
+        [*command, "--ranks", ranks], env={**os.environ, **CPU}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode in (2, 3), done.stderr
+    assert done.stderr.startswith("error: ")
+    assert list(tmp_path.iterdir()) == [], "not even the folder above it"
 
 
 def test_held_out_shards_are_looked_at_before_the_first_step(recipe_file: Path, tmp_path: Path) -> None:

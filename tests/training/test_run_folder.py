@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from rank_processes import start_training
+from rank_processes import CPU, start_training
 
 from data_tools.synth import SynthOptions, synthesize
 from framework.data.plan import Plan
@@ -17,6 +20,7 @@ from framework.data.sources import build_plan, open_sources
 from framework.errors import RecipeError, TubeworksError
 from framework.recipe.schema import Recipe
 from framework.training.run_folder import check_continuation, differences, read_run
+from framework.training.run_place import OWN_NAMES, check_place
 
 
 def plan_of(run: Path) -> str:
@@ -138,6 +142,37 @@ def test_a_run_without_its_recipe_does_not_take_another(
             (run / gone).unlink()
         with pytest.raises(TubeworksError, match=r"a run without its recipe\.yaml"):
             check_continuation(run, make_recipe(), plan_for(make_recipe()))
+
+
+@pytest.mark.parametrize("names", [(), ("logs", "launch", "code"), (".hidden", "nohup.out", "slurm-7.log")])
+def test_a_folder_that_a_launcher_has_made_is_welcome(tmp_path: Path, names: tuple[str, ...]) -> None:
+    for name in names:
+        (tmp_path / name).mkdir()
+    check_place(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
+
+
+def test_all_that_a_run_leaves_is_known(trained: Path) -> None:
+    assert {path.name for path in trained.iterdir() if path.name[0] != "."} <= OWN_NAMES
+    (trained / "notes.txt").touch()  # a run may have guests
+    check_place(trained)
+    (trained / "notes.txt").unlink()
+    assert read_run(trained) is not None
+
+
+@pytest.mark.parametrize("ranks", ["1", "2"])
+def test_a_folder_of_something_else_is_refused_and_stays_as_it_is(
+    recipe_file: Path, tmp_path: Path, ranks: str
+) -> None:
+    for name in ("a.txt", "b.txt", "c", "d", "logs"):
+        (tmp_path / name).touch()
+    command = [sys.executable, "-m", "launch.cli", "train", str(recipe_file), "--run", str(tmp_path)]
+    done = subprocess.run(
+        [*command, "--ranks", ranks], env={**os.environ, **CPU}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert f"error: {tmp_path} is no run, and holds a.txt, b.txt, c and 1 more: choose" in done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "b.txt", "c", "d", "logs"]
 
 
 def test_a_later_run_json_is_refused(tmp_path: Path) -> None:
