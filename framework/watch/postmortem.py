@@ -19,6 +19,16 @@ __all__ = ["blame", "compose", "newest_postmortem", "postmortem_path"]
 Record = Mapping[str, Any]
 
 LOST = "PeerLost"
+ADVICE = {
+    "TrainingStopped": "Going on unchanged ends the same way: change what the message advises; what alters "
+    "the experiment needs a new --run (`init.weights={run}` takes the weights along).",
+    "RecipeError": "Change the recipe as the message says; what alters the experiment needs a new --run.",
+    "ModelError": "Change the recipe as the message says; what alters the experiment needs a new --run.",
+    "DataError": "Mend the shards as the message says; then `tubeworks train {run}` goes on.",
+    "CorruptSample": "Mend the shard or set data.on_corrupt=substitute; then `tubeworks train {run}`.",
+}
+"""What helps after an error of a class that comes again by itself."""
+
 WAITS = ("torch/distributed/", "deepspeed/comm/")
 """Files whose functions wait for other ranks."""
 
@@ -60,6 +70,7 @@ def compose(
         "accused": {str(rank): reason for rank, reason in accused.items()},
         "samples": {str(rank): lines for rank, lines in named.items()},
         "checkpoint": newest_checkpoint(run),
+        "advice": _advice(run, what, records),
         "replaced": _replaced(run),
         "ranks": list(records),
     }
@@ -82,9 +93,20 @@ def _what(records: Sequence[Record]) -> str:
         return "hang"
     if "died" in states:
         return "died"
+    return f"failed: {_own_cause(records)}"
+
+
+def _own_cause(records: Sequence[Record]) -> str:
+    """The first line of the error that others only followed."""
     causes = [record["cause"].splitlines()[0] for record in records if record["cause"]]
     own = [cause for cause in causes if not cause.startswith(LOST)]
-    return f"failed: {(own or causes or ['?'])[0]}"
+    return (own or causes or ["?"])[0]
+
+
+def _advice(run: Path, what: str, records: Sequence[Record]) -> str:
+    """What to do, which is not always to go on."""
+    known = ADVICE.get(_own_cause(records).partition(":")[0]) if what.startswith("failed") else None
+    return (known or "Going on: `tubeworks train {run}`.").replace("{run}", str(run))
 
 
 def blame(records: Sequence[Record], size: int) -> dict[int, str]:
@@ -173,7 +195,7 @@ def _markdown(run: Path, size: int, summary: Mapping[str, Any], records: Sequenc
     title = {"hang": "the job hung", "died": "a rank died"}.get(summary["what"], summary["what"])
     lines = [f"# Attempt {summary['attempt']} of {run.name}: {title}", ""]
     lines.append(f"Written {summary['written']}, at step {summary['step']}, {size} ranks.")
-    lines.append(f"Newest checkpoint: {summary['checkpoint'] or 'none'}. Going on: `tubeworks train {run}`.")
+    lines.append(f"Newest checkpoint: {summary['checkpoint'] or 'none'}. {summary['advice']}")
     lines += ["", "## Who", ""]
     lines += [_accusation(rank, reason, records) for rank, reason in accused.items()]
     if not accused:

@@ -136,6 +136,9 @@ def test_a_training_with_dead_tubes_ends(recipe_file: Path, tmp_path: Path, zero
     assert job.wait() == [5, 5], job.said()[-3000:]
     last = job.said().splitlines()[-1]
     assert "2 steps up to step 2: tokenizer.tubes.0.weight, tokenizer.tubes.0.bias. Nothing" in last
+    report = (tmp_path / "run" / "postmortem" / "attempt-0.md").read_text()
+    assert "Going on unchanged ends the same way: change what the message advises" in report
+    assert "Going on: `tubeworks train" not in report
 
 
 def test_tubes_that_nothing_reads_are_refused_before_the_start(recipe_file: Path, tmp_path: Path) -> None:
