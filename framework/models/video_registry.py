@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TypedDict
 
 from torch import nn
 
-from framework.errors import RecipeError
+from framework.errors import ModelError, RecipeError
 from framework.models.inputs import InputSpec
 from framework.models.joint import Size
 from framework.models.mtv import MTV as MTVModel
 from framework.models.timesformer import Scheme
 from framework.models.timesformer import TimeSformer as TimeSformerModel
+from framework.models.tubes import AXES
 from framework.models.videomae import VideoMAE as VideoMAEModel
 from framework.models.videomae import VideoMAEPretraining
 from framework.models.vivit import FactorisedAttention, FactorisedEncoder, SpaceTime
@@ -32,8 +34,9 @@ def build_video_model(model: AnyVideoModel, size: Size, inputs: Mapping[str, Inp
 
     Errors:
         RecipeError: numbers that do not go together.
-        ModelError: a source that is smaller than a tubelet; the message names it.
+        ModelError: a source that is smaller than a tubelet, or not divided by it; the message names it.
     """
+    _check_division(model, inputs)
     if isinstance(model, MTV):
         return _build_mtv(model, inputs)
     if isinstance(model, ViViT):
@@ -58,6 +61,27 @@ class _Options(TypedDict):
 
 def _options(model: AnyVideoModel) -> _Options:
     return {"gelu": model.gelu, "stochastic_depth": model.stochastic_depth}
+
+
+def _check_division(model: AnyVideoModel, inputs: Mapping[str, InputSpec]) -> None:
+    """These models read a clip wholly; what does not fill a patch or tubelet would be cut off in silence.
+
+    Tubes of a TubeViT are sparse: they leave pixels out by design, and `describe` says how many.
+    """
+    if isinstance(model, MTV):
+        strides = (math.lcm(*_view_frames(model)), model.patch, model.patch)
+    else:
+        strides = tube_of(model).stride
+    for name, spec in inputs.items():
+        lengths = (("clip.frames", spec.frames), ("size", spec.size), ("size", spec.size))
+        for (key, length), step, unit in zip(lengths, strides, AXES, strict=True):
+            rest = length % step
+            if rest and length > step:
+                raise ModelError(
+                    f"data.sources.{name}.{key} is {length}, which {step} {unit} of {model.name} do not "
+                    f"divide: the last {rest} would never be read. Nearest that work: {length - rest} or "
+                    f"{length - rest + step}"
+                )
 
 
 def _build_vivit(model: ViViT, size: Size, inputs: Mapping[str, InputSpec]) -> nn.Module:
