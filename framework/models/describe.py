@@ -31,7 +31,7 @@ from framework.models.coverage import coverage, search
 from framework.models.describe_video import cost_of, describe_video_model, video_tables
 from framework.models.inputs import InputSpec, inputs_of
 from framework.models.mtv import MTV
-from framework.models.registry import build_model, model_names
+from framework.models.registry import build_model, model_families, model_names
 from framework.models.tables import plain_table
 from framework.models.tubes import sub_stride
 from framework.models.tubevit import TubeViT
@@ -119,10 +119,13 @@ def _load(name_or_recipe: str, overrides: Sequence[str]) -> Recipe:
             return load_recipe(str(path), overrides).recipe
     known = [*model_names(), *recipe_names()]
     if not Path(name_or_recipe).exists() and name_or_recipe.removesuffix(".yaml") not in known:
-        near = difflib.get_close_matches(name_or_recipe, known, n=1, cutoff=0.0)
+        near = difflib.get_close_matches(name_or_recipe, known, n=3, cutoff=0.6)
+        near = near or difflib.get_close_matches(name_or_recipe, known, n=1, cutoff=0.0)
         raise RecipeError(
-            f"there is no model, recipe or file `{name_or_recipe}`; did you mean `{near[0]}`? "
-            f"Models: {', '.join(model_names())}. Recipes: {', '.join(recipe_names()) or 'none installed'}."
+            f"there is no model, recipe or file `{name_or_recipe}`; did you mean "
+            f"{' or '.join(f'`{name}`' for name in near)}?\nModels:\n  "
+            + "\n  ".join(model_families())
+            + "\nRecipes: `tubeworks recipe list` names them"
         )
     return load_recipe(name_or_recipe, overrides).recipe
 

@@ -24,6 +24,7 @@ __all__ = [
     "build_model",
     "build_tokenizer",
     "inputs_of",
+    "model_families",
     "model_names",
     "size_of",
 ]
@@ -69,6 +70,20 @@ def model_names(family: str | None = None) -> list[str]:
     return [name for name in NAMES if family in (None, name.partition("_")[0])]
 
 
+def model_families() -> list[str]:
+    """The names of all models for people, a family in a line: `timesformer_{ti,s}_{divided,joint}`."""
+    lines = []
+    for family, variants in VARIANTS.items():
+        sizes = list(dict.fromkeys(name.split("_")[1] for name in model_names(family)))
+        parts = [sizes, [variant.removeprefix("_") for variant in variants if variant]]
+        lines.append("_".join([family, *(_one_of(words) for words in parts if words)]))
+    return lines
+
+
+def _one_of(words: list[str]) -> str:
+    return words[0] if len(words) == 1 else f"{{{','.join(words)}}}"
+
+
 def size_of(model: AnyModel) -> Size:
     """The numbers of the encoder: those of the name, with single ones overridden by the recipe.
 
@@ -81,7 +96,7 @@ def size_of(model: AnyModel) -> Size:
         near = difflib.get_close_matches(model.name, NAMES, n=1, cutoff=0.0)
         raise RecipeError(
             f"model.name: there is no model `{model.name}`; did you mean `{near[0]}`? "
-            f"Known are {', '.join(NAMES)}."
+            f"Known are {' '.join(model_families())}"
         )
     known = NAMES[model.name]
     if isinstance(model, MTV):

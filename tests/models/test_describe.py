@@ -170,3 +170,22 @@ def test_bad_tubes_give_one_clear_line(tube: str, message: str) -> None:
 def test_options_that_do_not_fit_give_one_clear_line(overrides: list[str], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         describe("tubevit_b", overrides)
+
+
+def test_what_sparse_tubes_leave_out_at_the_edges_is_part_of_the_share_read() -> None:
+    whole, odd = (
+        describe("tubevit_b", [f"data.sources.image.size={size}"])["sources"]["image"] for size in (224, 225)
+    )
+    assert odd["tokens"] == whole["tokens"], "a row and a column too few for another patch"
+    assert whole["coverage"] == 1
+    assert odd["coverage"] == pytest.approx(224**2 / 225**2)
+
+
+def test_an_unknown_name_gets_the_nearest_and_the_families() -> None:
+    with pytest.raises(RecipeError) as caught:
+        describe("tubevit_x")
+    first, *lines = str(caught.value).splitlines()
+    assert "did you mean `tubevit_s` or `tubevit_l` or `tubevit_h`?" in first
+    assert "  timesformer_{ti,s,b,l,h}_{divided,joint,space}" in lines
+    assert "  mtv_b" in lines
+    assert all(len(line) < 100 for line in lines)
