@@ -59,6 +59,7 @@ def quarantine_add(
     source: SourceName,
     reason: Annotated[str, typer.Option("--reason", help="Why, for the record.")] = "taken out by hand",
     from_step: FromStep = None,
+    as_json: AsJson = False,
 ) -> None:
     """Take samples out of a run that is not training; the plan's substitutes take their places."""
     from framework.data.quarantine import Quarantined, append_quarantine
@@ -71,11 +72,13 @@ def quarantine_add(
             for index, info in found
         ]
         append_quarantine(run, entries)
-    _say(entries, "is out", "are out")
+    _say(entries, "is out", "are out", as_json)
 
 
 @quarantine_app.command("remove")
-def quarantine_remove(run: Run, keys: Keys, source: SourceName, from_step: FromStep = None) -> None:
+def quarantine_remove(
+    run: Run, keys: Keys, source: SourceName, from_step: FromStep = None, as_json: AsJson = False
+) -> None:
     """Let samples back into a run that does not train at the moment, once their shards are restored."""
     from dataclasses import replace
 
@@ -91,7 +94,7 @@ def quarantine_remove(run: Run, keys: Keys, source: SourceName, from_step: FromS
             )
         entries = [replace(held[key], from_step=max(step, held[key].from_step), lifted=True) for key in keys]
         append_quarantine(run, entries)
-    _say(entries, "is back", "are back")
+    _say(entries, "is back", "are back", as_json)
 
 
 def audit(run: Run, as_json: AsJson = False) -> None:
@@ -108,7 +111,12 @@ def audit(run: Run, as_json: AsJson = False) -> None:
         raise typer.Exit(DataError.exit_code)
 
 
-def _say(entries: list[Quarantined], one: str, several: str) -> None:
+def _say(entries: list[Quarantined], one: str, several: str, as_json: bool) -> None:
+    if as_json:
+        from dataclasses import asdict
+
+        print_json([asdict(entry) for entry in entries])
+        return
     for step in sorted({entry.from_step for entry in entries}):
         count = sum(entry.from_step == step for entry in entries)
         typer.echo(f"{count} {'sample ' + one if count == 1 else 'samples ' + several} from step {step} on")

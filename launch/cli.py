@@ -232,21 +232,21 @@ def describe(
 
 
 @app.command()
-def pictures(run: Run) -> None:
+def pictures(run: Run, as_json: AsJson = False) -> None:
     """Draw what a run's newest checkpoint has learned: kernels, what its tubes read, positions."""
     from framework.exchange.pictures import pictures_command
 
-    for path in pictures_command(run):
-        typer.echo(path)
+    drawn = [str(path) for path in pictures_command(run)]
+    typer.echo(json.dumps({"pictures": drawn}, indent=2) if as_json else "\n".join(drawn))
 
 
 @app.command()
-def sync(run: Run) -> None:
+def sync(run: Run, as_json: AsJson = False) -> None:
     """Send what the journal of a run holds and MLflow does not have yet."""
     from framework.tracking import sync as sync_run
     from launch.following import job_is_active
 
-    sync_run(run, settle=not job_is_active(run))
+    sync_run(run, settle=not job_is_active(run), as_json=as_json)
 
 
 @recipe_app.command("show")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 
 from framework.tracking.mirror import sync_run
@@ -9,7 +11,7 @@ from framework.tracking.mirror import sync_run
 __all__ = ["sync_command"]
 
 
-def sync_command(run: Path, settle: bool = True) -> None:
+def sync_command(run: Path, settle: bool = True, *, as_json: bool = False) -> None:
     """Send what MLflow lacks of a run, and say what was sent; without `settle` the run goes on elsewhere.
 
     Errors:
@@ -18,6 +20,9 @@ def sync_command(run: Path, settle: bool = True) -> None:
     from rich.console import Console
 
     report = sync_run(run, settle)
+    if as_json:
+        Console().out(json.dumps({"run": str(run), **asdict(report)}, indent=2), highlight=False)
+        return
     Console(highlight=False, soft_wrap=True).print(
         f"sent {report.points} points and {report.files} files of {run} to MLflow run {report.run_id} "
         f"at {report.uri}",
