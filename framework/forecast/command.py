@@ -10,6 +10,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from framework.data.plan import check_shares
+from framework.forecast.decode import local_decode_costs
 from framework.forecast.forecast import Surroundings, forecast, parse_decode_ms
 from framework.forecast.hardware import find_hardware
 from framework.recipe import load_recipe
@@ -35,8 +37,11 @@ def forecast_command(
         RecipeError: of the recipe, of the hardware, or a mixture that so many ranks cannot share.
     """
     recipe = load_recipe(recipe_name, overrides).recipe
-    around = Surroundings(nodes, gpus_per_node, parse_decode_ms(list(decode_ms), recipe))
-    found = forecast(recipe, find_hardware(hardware), around)
+    chip, said = find_hardware(hardware), parse_decode_ms(list(decode_ms), recipe)
+    check_shares(recipe.data.mixture, nodes * gpus_per_node, recipe.train.accumulation)
+    measured = local_decode_costs(recipe)
+    around = Surroundings(nodes, gpus_per_node, measured | said, frozenset(measured.keys() - said.keys()))
+    found = forecast(recipe, chip, around)
     console = Console()
     if as_json:
         console.out(json.dumps(found, indent=2), highlight=False)
@@ -57,7 +62,7 @@ def _lines(found: dict[str, Any]) -> list[tuple[str, str]]:
     times, decode, memory, share = (found[key] for key in ("times", "decode", "memory", "share"))
     rates = ", ".join(f"{name} {rate:,.0f}" for name, rate in found["samples_per_s"].items())
     parts = ", ".join(f"{name} {seconds * 1e3:.1f}" for name, seconds in times.items())
-    costs = ", ".join(f"{name} {value:g}" for name, value in decode["ms"].items())
+    costs = ", ".join(f"{name} {value:.3g} {decode['origin'][name]}" for name, value in decode["ms"].items())
     micro = ", ".join(f"{name} {count}" for name, count in memory["micro_batch"].items())
     states = memory["weights"] + memory["gradients"] + memory["optimizer"] + memory["average"]
     largest = "{plain} plain, {checkpointed} with activation checkpointing".format(**memory["largest"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,12 +10,10 @@ import numpy as np
 
 from framework.data.plan import Plan
 from framework.data.prefetch import cache_needed, shard_bytes
-from framework.data.randomness import sample_seed
-from framework.data.samples import SampleReader
 from framework.data.sources import OpenSource, build_plan, open_sources
 from framework.data.windows import Spans, node_rows, simulate_fetches, spans_between
-from framework.errors import CorruptSample
-from framework.forecast.forecast import Surroundings, forecast
+from framework.forecast.decode import decode_costs
+from framework.forecast.forecast import ESTIMATED, MEASURED, Surroundings, forecast
 from framework.forecast.hardware import Hardware
 from framework.recipe.schema import Recipe
 from framework.world import World
@@ -41,10 +38,8 @@ def summarize_plan(
     sources = open_sources(recipe, "train")
     plan = build_plan(recipe, sources)
     world = World(0, nodes * gpus_per_node, 0, gpus_per_node)
-    milliseconds = {
-        name: cost for name, opened in sources.items() if (cost := decode_cost(recipe, opened, measured))
-    }
-    predicted = forecast(recipe, hardware, Surroundings(nodes, gpus_per_node, milliseconds))
+    costs = decode_costs(recipe, sources, measured)
+    predicted = forecast(recipe, hardware, Surroundings(nodes, gpus_per_node, costs, frozenset(costs)))
     return {
         "recipe": recipe.name,
         "plan": plan.hash,
@@ -53,7 +48,7 @@ def summarize_plan(
         "gpus": world.size,
         "sources": {name: _source(recipe, opened, plan) for name, opened in sources.items()},
         "decode_ms": {name: round(cost, 2) for name, cost in predicted["decode"]["ms"].items()},
-        "decode_measured": sorted(milliseconds),
+        "decode_measured": sorted(costs),
         "cores_per_gpu": round(predicted["decode"]["cores_per_gpu"], 2),
         "cores_per_node": math.ceil(predicted["decode"]["cores_per_gpu"] * gpus_per_node),
         "step_s": predicted["step_s"],
@@ -62,23 +57,6 @@ def summarize_plan(
         "assumed": {"hardware": predicted["hardware"], "share": predicted["share"]},
         **_traffic(recipe, sources, plan, world),
     }
-
-
-def decode_cost(recipe: Recipe, opened: OpenSource, count: int) -> float | None:
-    """Processor milliseconds from bytes to a training view, the mean over `count` samples; None without any.
-
-    Samples are of the first shard, so that of a remote source one shard comes. Corrupt ones are passed over.
-    """
-    reader, spent, done = SampleReader(opened), 0.0, 0
-    for index in range(min(len(opened), count + 1)):
-        began = time.process_time()
-        try:
-            reader.training_view(reader.info(index), sample_seed(recipe.seed, opened.name, 0, index))
-        except CorruptSample:
-            continue
-        if index:  # the first one also loads the decoder
-            spent, done = spent + time.process_time() - began, done + 1
-    return spent / done * 1e3 if done else None
 
 
 def _source(recipe: Recipe, opened: OpenSource, plan: Plan) -> dict[str, Any]:
@@ -133,8 +111,8 @@ def summary_text(summary: Mapping[str, Any]) -> str:
             f"{one['epochs']:.2f} epochs"
         )
     for name, cost in summary["decode_ms"].items():
-        how = "measured here" if name in summary["decode_measured"] else "estimated"
-        lines.append(f"  decode {name}: {cost:g} ms of a core for a sample, {how}")
+        origin = MEASURED if name in summary["decode_measured"] else ESTIMATED
+        lines.append(f"  decode {name}: {cost:g} ms of a core for a sample, {origin}")
     lines.append(f"  cores: {summary['cores_per_gpu']:g} a GPU, {summary['cores_per_node']} a node")
     if summary["cache"]:
         cache, egress = summary["cache"], summary["egress"]

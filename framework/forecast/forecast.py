@@ -15,6 +15,9 @@ from framework.recipe.schema import Recipe, Source
 
 __all__ = ["DECODE_MS", "Surroundings", "forecast", "parse_decode_ms", "step_operations"]
 
+MEASURED, GIVEN, ESTIMATED = "measured here", "as said", "estimated"
+"""Origins of what a sample costs to decode."""
+
 DECODE_MS = {"frame": 1.05, "frame_randaugment": 0.75, "image": 8.0}
 """Processor milliseconds of a video frame from shard to pixels, RandAugment besides, and of an image.
 
@@ -30,6 +33,8 @@ class Surroundings:
     gpus_per_node: int = 8
     decode_ms: Mapping[str, float] | None = None
     """Processor milliseconds of one sample, by source; what is missing is estimated."""
+    measured: frozenset[str] = frozenset()
+    """Sources whose milliseconds were measured on this machine."""
 
 
 def forecast(recipe: Recipe, hardware: Hardware, around: Surroundings) -> dict[str, Any]:
@@ -77,7 +82,12 @@ def forecast(recipe: Recipe, hardware: Hardware, around: Surroundings) -> dict[s
         "times": times,
         "bottleneck": _bottleneck(times, step),
         "samples_per_s": {name: count / step for name, count in recipe.data.mixture.items()},
-        "decode": {"ms": milliseconds, "cores_per_gpu": cores, "workers_per_gpu": recipe.data.workers},
+        "decode": {
+            "ms": milliseconds,
+            "origin": {name: _origin(name, around) for name in milliseconds},
+            "cores_per_gpu": cores,
+            "workers_per_gpu": recipe.data.workers,
+        },
         "hours": hours,
         "gpu_hours": hours * world,
         "memory": memory,
@@ -93,6 +103,13 @@ def step_operations(recipe: Recipe, described: Mapping[str, Any], samples: Mappi
     scale_up = recipe.model.scale_up
     trained = 1 - (scale_up.frozen_layers / described["depth"] if scale_up else 0)
     return forward * (1 + (2 + recipe.train.activation_checkpointing) * trained)
+
+
+def _origin(name: str, around: Surroundings) -> str:
+    """Where the milliseconds of a source come from."""
+    if name in around.measured:
+        return MEASURED
+    return GIVEN if name in (around.decode_ms or {}) else ESTIMATED
 
 
 def _longest(described: Mapping[str, Any]) -> int:

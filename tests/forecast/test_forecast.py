@@ -8,9 +8,12 @@ from typing import Any
 
 import pytest
 
+from data_tools.synth import SynthOptions, synthesize
 from framework.errors import RecipeError
 from framework.forecast.command import forecast_command
-from framework.forecast.forecast import Surroundings, forecast, parse_decode_ms
+from framework.forecast.data import summarize_plan
+from framework.forecast.decode import local_decode_costs
+from framework.forecast.forecast import DECODE_MS, Surroundings, forecast, parse_decode_ms
 from framework.forecast.hardware import ASSUMED_SHARE, HARDWARE, find_hardware
 from framework.recipe import load_recipe
 from framework.recipe.schema import Recipe
@@ -119,3 +122,25 @@ def test_the_command_writes_json_and_a_table(capsys: pytest.CaptureFixture[str])
     table = capsys.readouterr().out
     for word in ("bottleneck", "GPU-hours", "assumed", "largest"):
         assert word in table
+
+
+def test_decode_is_measured_where_the_shards_are_and_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    counts = {"train_videos": 4, "val_videos": 8, "train_images": 4, "val_images": 10}
+    synthesize(SynthOptions(tmp_path / "shards", size=16, frames=6, **counts))
+    here = [f"data.sources.digits.path={tmp_path}/shards/train", "data.sources.motion.path=/nowhere"]
+    forecast_command("demo", here, "h100", nodes=1, gpus_per_node=1, decode_ms=[], as_json=True)
+    decode = json.loads(capsys.readouterr().out)["decode"]
+    assert decode["origin"] == {"motion": "estimated", "digits": "measured here"}
+    assert 0 < decode["ms"]["digits"] != DECODE_MS["image"]
+
+    forecast_command("demo", here, "h100", nodes=1, gpus_per_node=1, decode_ms=["digits=7"], as_json=False)
+    said = capsys.readouterr().out
+    assert "digits 7 as said" in said
+    assert "estimated" in said
+
+    here[1] = f"data.sources.motion.path={tmp_path}/shards/train"
+    recipe = load_recipe("demo", here).recipe
+    summary = summarize_plan(recipe, find_hardware("h100"), nodes=1, gpus_per_node=1, measured=3)
+    assert summary["decode_measured"] == sorted(local_decode_costs(recipe)) == ["digits", "motion"]
