@@ -194,7 +194,7 @@ class Data(Section):
 class Train(Section):
     """Length and rhythm of training."""
 
-    steps: Positive
+    steps: Annotated[int, Field(gt=0, le=1_000_000_000)]
     accumulation: Positive = 1
     """Micro-batches per step and rank: the global batch is cut by ranks x accumulation."""
     activation_checkpointing: bool = False
