@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -70,7 +72,8 @@ def start_process_group(
     os.environ.setdefault("MASTER_PORT", "0" if world.size == 1 else "29500")
     # DeepSpeed calls what torch has renamed; its users cannot do anything about it, step after step.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
-    import deepspeed
+    with _not_imported("mlflow"):  # for its autotuner; the mirror is a process of its own
+        import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     if device.type == "cpu":
@@ -99,6 +102,21 @@ def rank_variables(world: World, device: torch.device) -> dict[str, str]:
     """
     place = world.local_rank if device.index is None else device.index
     return {"RANK": str(world.rank), "WORLD_SIZE": str(world.size), "LOCAL_RANK": str(place)}
+
+
+@contextmanager
+def _not_imported(*names: str) -> Iterator[None]:
+    """Make imports of these modules fail meanwhile, as if they were not installed.
+
+    For what libraries import on the chance that somebody uses it, and what costs every rank seconds.
+    """
+    absent = [name for name in names if name not in sys.modules]
+    sys.modules.update(dict.fromkeys(absent))  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        for name in absent:
+            del sys.modules[name]
 
 
 def peer_lost(error: RuntimeError) -> PeerLost | None:

@@ -78,6 +78,23 @@ def compile_blocks(model: nn.Module) -> None:
                 block.compile(fullgraph=True, dynamic=False)
 
 
+def import_muon() -> None:
+    """Import DeepSpeed's Muon without compiling it.
+
+    DeepSpeed asks in every step whether the optimizer is its Muon, which it is not; the first time, Muon's
+    decorators would import torch's whole compiler, which costs every rank more than a second.
+    """
+    from deepspeed.runtime import compiler
+
+    given = compiler.compile
+    compiler.compile = lambda: lambda function: function
+    try:
+        with contextlib.suppress(ImportError):  # of another version of DeepSpeed
+            import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
+    finally:
+        compiler.compile = given
+
+
 def start_engine(model: nn.Module, recipe: Recipe, world: World) -> Any:
     """Hand the model and its optimizer to DeepSpeed; returns its engine.
 
@@ -88,6 +105,7 @@ def start_engine(model: nn.Module, recipe: Recipe, world: World) -> Any:
 
     from framework.training.zero1 import take_over
 
+    import_muon()
     if recipe.train.compile:
         compile_blocks(model)
     optimizer = build_optimizer(model, recipe.optimizer)

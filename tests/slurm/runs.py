@@ -160,6 +160,7 @@ def environment(pace: float, file_pace: float = 0.0) -> dict[str, str]:
         "CUDA_VISIBLE_DEVICES": "",
         "TEST_STEP_SECONDS": str(pace),
         "TEST_FILE_SECONDS": str(file_pace),
+        "TEST_PHASES": os.environ.get("TEST_PHASES", ""),
     }
 
 

@@ -76,3 +76,19 @@ def test_a_killed_rank_and_a_signal(recipe_file: Path, tmp_path: Path) -> None:
 def test_what_several_ranks_are_accused_of_is_said_once() -> None:
     accused = {"0": "dead tubes", "1": "dead tubes", "2": "no room"}
     assert accusations(accused) == ["ranks 0, 1: dead tubes", "rank 2: no room"]
+
+
+def test_a_rank_imports_nothing_that_only_costs_time(recipe_file: Path, tmp_path: Path) -> None:
+    """DeepSpeed would bring MLflow and torch's compiler: 3 s of processor time for every rank at a start."""
+    overrides = ["train.steps=3", "tracking.mlflow=false"]
+    code = (
+        "import sys; from pathlib import Path; from launch.local import train_command\n"
+        f"code = train_command({str(recipe_file)!r}, {overrides!r}, 1, Path({str(tmp_path / 'run')!r}))\n"
+        "unwanted = {'mlflow', 'torch._inductor.select_algorithm'} & set(sys.modules)\n"
+        "sys.exit(code or ', '.join(unwanted) or 0)"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(
+        command, env={**os.environ, **CPU}, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
