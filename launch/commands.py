@@ -65,7 +65,10 @@ def submit(
     if local:
         from launch.local_host import supervise_here
 
-        raise typer.Exit(supervise_here(submission))
+        code = supervise_here(submission)
+        if as_json:
+            typer.echo(json.dumps({**asdict(submission), "exit_code": code}))
+        raise typer.Exit(code)
     _say_submitted(submit_prepared(submission), as_json)
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import platform
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -293,7 +294,20 @@ def _changes(run: Path, recipe: Recipe) -> list[str]:
     """What differs from the last attempt's recipe, line by line."""
     if not (run / "recipe.yaml").exists():
         return []
-    return [line for _, line in differences(load_recipe(str(run / "recipe.yaml")).recipe, recipe)]
+    before = load_recipe(str(run / "recipe.yaml")).recipe
+    old, new = flatten(before), flatten(recipe)
+    return [line for key, line in differences(before, recipe) if not _same_place(old.get(key), new.get(key))]
+
+
+def _same_place(old: Any, new: Any) -> bool:
+    """Whether a path was only made absolute, as `launch submit` does, whatever the working folder is now."""
+    if not (isinstance(old, str) and isinstance(new, str)):
+        return False
+    short, long = sorted((one.removeprefix("sqlite:///") for one in (old, new)), key=os.path.isabs)
+    if os.path.isabs(short) or not os.path.isabs(long):
+        return False
+    tail = os.path.normpath(short).lstrip("./")
+    return os.path.abspath(short) == os.path.normpath(long) or (tail != "" and long.endswith(f"/{tail}"))
 
 
 def _other_sources(before: Mapping[str, Mapping[str, Any]], plan: Plan) -> str:

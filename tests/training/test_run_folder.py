@@ -18,7 +18,9 @@ from data_tools.synth import SynthOptions, synthesize
 from framework.data.plan import Plan
 from framework.data.sources import build_plan, open_sources
 from framework.errors import RecipeError, TubeworksError
+from framework.recipe import dump_yaml
 from framework.recipe.schema import Recipe
+from framework.training import run_folder
 from framework.training.run_folder import check_continuation, differences, read_run
 from framework.training.run_place import OWN_NAMES, check_place
 
@@ -179,3 +181,22 @@ def test_a_later_run_json_is_refused(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text('{"version": 2}')
     with pytest.raises(TubeworksError, match="version 2, this tubeworks knows up to 1: upgrade"):
         read_run(tmp_path)
+
+
+def test_a_path_made_absolute_is_no_change(
+    tmp_path: Path, make_recipe: Callable[..., Recipe]
+) -> None:
+    """`train` keeps paths as they were written, `launch submit` makes them absolute, and starts elsewhere."""
+
+    def of(place: str, uri: str) -> Recipe:
+        values = make_recipe().model_dump()
+        for source in values["data"]["sources"].values():
+            source["path"] = place
+        return Recipe.model_validate(values | {"tracking": values["tracking"] | {"uri": uri}})
+
+    (tmp_path / "recipe.yaml").write_text(dump_yaml(of("shards/train", "sqlite:///m.db")))
+    assert run_folder._changes(tmp_path, of("/home/me/shards/train", "sqlite:////home/me/m.db")) == []
+    (tmp_path / "recipe.yaml").write_text(dump_yaml(of("/home/me/shards/train", "sqlite:////home/me/m.db")))
+    assert run_folder._changes(tmp_path, of("./shards/train", "sqlite:///m.db")) == []
+    changed = run_folder._changes(tmp_path, of("/home/you/shards/train", "sqlite:///n.db"))
+    assert {line.partition(":")[0].rpartition(".")[2] for line in changed} == {"path", "uri"}
