@@ -1,16 +1,24 @@
-"""What an MLflow server that is killed and started again costs a training: time of steps, and points.
+"""What an MLflow server that is killed and started again costs a training: time of its loop, and points.
 
     python -m benchmarks.mlflow_outage --out benchmarks/results/mlflow_outage.json
 
-A tiny model trains against a real `mlflow server` on this machine, which is killed and started again. The
-times of the steps while it was up and dead stand side by side, and beside those of a training without MLflow.
-`points` counts the journal's and MLflow's when the training has left, and after `tubeworks sync`, which has
-something to do where the server was not back in time.
+Two trainings of the same tiny recipe run beside each other on this machine: one recorded by a real `mlflow
+server`, one without MLflow. The server is killed (SIGKILL), stays away, and is started again over the same
+store. Two things are measured in each phase:
+
+- `recording_us`: what the loops themselves spend on recording in a step, in microseconds, by the clock and in
+  processor time of their own thread (see `recorder_time`). Were the server waited for, the clock would show
+  it here, in the tracked training alone: a refused connection costs milliseconds, a silent server seconds.
+- `step_ms`: the medians of both trainings' steps in the same seconds, and their ratio.
+
+The trainings run side by side, so that whatever else the machine does hits both.
+`points` counts the journal's and MLflow's when the training has left, and after `tubeworks sync`.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import signal
@@ -22,10 +30,14 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import describe_machine
+from benchmarks.recorder_time import read_times
+from framework.tracking.journal import journal_path, parse_line
+from framework.tracking.sender import load_state
 
 RECIPE = """\
 name: outage
@@ -48,72 +60,102 @@ tracking: {{mlflow: {mlflow}, uri: "{uri}", system_metrics: false}}
 """
 
 
+Times = dict[int, tuple[float, float, float]]
+
+STEPS = 1_000_000
+"""More than are ever made: the trainings are stopped."""
+
+
 def main() -> None:
-    """Train twice, kill and restart the server in the second training, write the figures."""
+    """Train twice side by side, kill and restart the server meanwhile, write the figures."""
     parser = argparse.ArgumentParser(description="What an MLflow server that is killed costs a training.")
-    parser.add_argument("--steps", type=int, default=4000)
-    parser.add_argument("--outages", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=400, help="of each training in each phase, at least")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
-        found = measure(Path(name), options.steps, options.outages)
-    result = {"machine": describe_machine(), "steps": options.steps, **found}
+        found = measure(Path(name), options.steps)
+    result = {"machine": describe_machine(), "log_every": 1, **found}
     options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     sys.stdout.write(json.dumps(result, indent=1) + "\n")
 
 
-def measure(folder: Path, steps: int, outages: int) -> dict[str, Any]:
-    """Median seconds of a step in each phase, and how many points the journal and MLflow have."""
+def measure(folder: Path, steps: int) -> dict[str, Any]:
+    """The figures of each phase, and how many points the journal and MLflow have."""
     from data_tools.synth import SynthOptions, synthesize
 
-    synthesize(
-        SynthOptions(
-            folder / "shards",
-            size=16,
-            frames=4,
-            train_videos=2,
-            val_videos=2,
-            train_images=64,
-            val_images=10,
-        )
-    )
+    counts = {"train_videos": 2, "val_videos": 2, "train_images": 64, "val_images": 10}
+    synthesize(SynthOptions(folder / "shards", size=16, frames=4, **counts))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = int(probe.getsockname()[1])
     server = start_server(folder, port)
+    tracked, alone = start_training(folder, "tracked", port), start_training(folder, "alone", None)
+    marks: list[tuple[str, float]] = []
+
+    def phase(name: str, least: int) -> None:
+        """Let both trainings make so many steps."""
+        marks.append((name, time.time()))
+        for training, run in ((tracked, folder / "tracked"), (alone, folder / "alone")):
+            wait_for(training, run, lambda run=run, first=last_step(run): last_step(run) >= first + least)
+
     try:
-        training = start_training(folder, "tracked", port, steps)
-        marks = [("up", time.time())]
-        for outage in range(outages):
-            wait_for_step(training, folder / "tracked", steps * (2 * outage + 1) // (2 * outages + 1))
-            os.killpg(server.pid, signal.SIGKILL)
-            server.wait()
-            marks.append(("dead", time.time()))
-            wait_for_step(training, folder / "tracked", steps * (2 * outage + 2) // (2 * outages + 1))
-            marks.append(("starting", time.time()))  # which takes processor time of its own
-            server = start_server(folder, port)
-            marks.append(("up", time.time()))
-        if training.wait() != 0:
-            raise RuntimeError((folder / "tracked.log").read_text()[-2000:])
-        points = count_points(folder / "tracked", port)
-    finally:
+        phase("start", 20)  # the first steps are slower
+        wait_for(tracked, folder / "tracked", lambda: 0 < missing_bytes(folder / "tracked") < 10_000)
+        phase("server up", steps)
         os.killpg(server.pid, signal.SIGKILL)
         server.wait()
-    alone = start_training(folder, "alone", None, steps)
-    if alone.wait() != 0:
-        raise RuntimeError((folder / "alone.log").read_text()[-2000:])
-    phases: dict[str, list[float]] = {name: [] for name, _ in marks}
-    for when, seconds in steps_of(folder / "tracked")[10:]:
-        phases[[name for name, began in marks if began <= when][-1]].append(seconds)
-    phases["no_mlflow"] = [seconds for _, seconds in steps_of(folder / "alone")[10:]]
-    figures = {name: summary(values) for name, values in phases.items() if len(values) > 20}
-    return {"step_ms": figures, "outages": outages, **points}
+        phase("server dead", steps)
+        marks.append(("server starts", time.time()))  # which takes processor time of its own
+        server = start_server(folder, port)
+        wait_for(tracked, folder / "tracked", lambda: missing_bytes(folder / "tracked") < 10_000)
+        phase("server up again", steps)
+        marks.append(("end", time.time()))
+        stop(folder, tracked, alone)
+        points = count_points(folder / "tracked", port)
+    finally:
+        for process in (server, tracked, alone):
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+    return {"phases": figures(folder, marks), **points}
 
 
-def summary(seconds: list[float]) -> dict[str, float]:
-    """Number, fastest tenth and median in milliseconds; the fastest tells least of others on the machine."""
-    tenths = statistics.quantiles(seconds, n=10)
-    return {"steps": len(seconds), "tenth": round(tenths[0] * 1e3, 2), "median": round(tenths[4] * 1e3, 2)}
+def figures(folder: Path, marks: list[tuple[str, float]]) -> dict[str, Any]:
+    """What both trainings did in each phase."""
+    tracked, alone = read_times(folder / "tracked.times"), read_times(folder / "alone.times")
+    found = {}
+    for (name, began), (_, ended) in itertools.pairwise(marks):
+        if name == "start":
+            continue
+        both = {
+            run: {step: row for step, row in times.items() if began <= row[0] < ended}
+            for run, times in (("tracked", tracked), ("without_mlflow", alone))
+        }
+        medians = {run: median_step(rows) for run, rows in both.items()}
+        found[name] = {
+            "seconds": round(ended - began, 1),
+            "steps": {run: len(rows) for run, rows in both.items()},
+            "recording_us": {run: recording(rows) for run, rows in both.items()},
+            "step_ms": {run: round(value * 1e3, 2) for run, value in medians.items()},
+            "ratio_of_steps": round(medians["tracked"] / medians["without_mlflow"], 3),
+        }
+    return found
+
+
+def median_step(rows: Times) -> float:
+    """Median seconds from the end of one step to that of the next."""
+    return statistics.median(after[0] - before[0] for before, after in itertools.pairwise(rows.values()))
+
+
+def recording(rows: Times) -> dict[str, dict[str, int]]:
+    """Median, 99th percentile and largest, in microseconds, by the clock and in processor time."""
+    found = {}
+    for name, column in (("clock", 1), ("processor", 2)):
+        seconds = [row[column] for row in rows.values()]
+        cuts = statistics.quantiles(seconds, n=100)
+        values = {"median": cuts[49], "p99": cuts[98], "max": max(seconds)}
+        found[name] = {label: round(value * 1e6) for label, value in values.items()}
+    return found
 
 
 def start_server(folder: Path, port: int) -> subprocess.Popen[bytes]:
@@ -137,33 +179,58 @@ def start_server(folder: Path, port: int) -> subprocess.Popen[bytes]:
     raise RuntimeError((folder / "server.log").read_text()[-2000:])
 
 
-def start_training(folder: Path, name: str, port: int | None, steps: int) -> subprocess.Popen[bytes]:
-    """Start `tubeworks train` on one rank, with MLflow on that port or without."""
+def start_training(folder: Path, name: str, port: int | None) -> subprocess.Popen[bytes]:
+    """Start a training on one rank that writes down its times, with MLflow on that port or without."""
     recipe = folder / f"{name}.yaml"
     uri = f"http://127.0.0.1:{port}"
     mlflow = str(port is not None).lower()
-    recipe.write_text(RECIPE.format(shards=folder / "shards", steps=steps, mlflow=mlflow, uri=uri))
-    command = [sys.executable, "-m", "launch.cli", "train", str(recipe), "--run", str(folder / name)]
+    recipe.write_text(RECIPE.format(shards=folder / "shards", steps=STEPS, mlflow=mlflow, uri=uri))
+    command = [sys.executable, "-m", "benchmarks.recorder_time", "train", str(recipe)]
+    environment = {**os.environ, "RECORDER_TIMES": str(folder / f"{name}.times"), "OMP_NUM_THREADS": "1"}
     with (folder / f"{name}.log").open("wb") as log:
-        return subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        return subprocess.Popen(
+            [*command, "--run", str(folder / name)],
+            env=environment,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
 
 
-def wait_for_step(training: subprocess.Popen[bytes], run: Path, step: int) -> None:
-    """Wait until the journal has this step."""
-    while len(steps_of(run)) < step:
+def wait_for(training: subprocess.Popen[bytes], run: Path, reached: Callable[[], bool]) -> None:
+    """Wait for something that a training does."""
+    while not reached():
         if training.poll() is not None:
             raise RuntimeError((run.parent / f"{run.name}.log").read_text()[-2000:])
-        time.sleep(0.2)
+        time.sleep(0.5)
 
 
-def steps_of(run: Path) -> list[tuple[float, float]]:
-    """Time and seconds of every logged step."""
-    from framework.tracking.journal import journal_path, parse_line
+def stop(folder: Path, *trainings: subprocess.Popen[bytes]) -> None:
+    """Ask the trainings to save and leave, as an operator does."""
+    for training in trainings:
+        training.send_signal(signal.SIGTERM)
+    for training in trainings:
+        if training.wait() != 128 + signal.SIGTERM:
+            raise RuntimeError("".join(path.read_text()[-2000:] for path in folder.glob("*.log")))
 
+
+def last_step(run: Path) -> int:
+    """The last step in the journal; 0 before there is one."""
     path = journal_path(run)
-    lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
-    entries = [entry for line in lines if (entry := parse_line(line)) is not None]
-    return [(e.time, value) for e in entries if (value := e.metrics.get("perf/step_s")) is not None]
+    if not path.is_file():
+        return 0
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - 65_536))
+        lines = file.read().splitlines(keepends=True)[1:]  # the first is cut, or says how the attempt began
+    entries = [entry for line in lines if (entry := parse_line(line))]
+    return entries[-1].step if entries else 0
+
+
+def missing_bytes(run: Path) -> int:
+    """Bytes of the journal that MLflow does not have yet, at least 1."""
+    if not (run / "mlflow.json").is_file():
+        return 1 << 62
+    return 1 + journal_path(run).stat().st_size - int(load_state(run)["offset"])
 
 
 def count_points(run: Path, port: int) -> dict[str, Any]:
@@ -177,7 +244,7 @@ def count_points(run: Path, port: int) -> dict[str, Any]:
     history = client.get_metric_history(run_id, "train/loss")
     synced = len({point.step for point in history})
     return {
-        "points": {"journal": len(steps_of(run)), "at_the_end": at_the_end, "after_sync": synced},
+        "points": {"journal": last_step(run), "at_the_end": at_the_end, "after_sync": synced},
         "doubled": len(history) - len({point.step for point in history}),
         "status": client.get_run(run_id).info.status,
     }

@@ -86,7 +86,7 @@ def plan_submission(recipe: Recipe, wishes: Wishes, site: Site, folder: Path) ->
     """What will be asked of Slurm: the wishes, and the site's defaults for the rest.
 
     Errors:
-        RecipeError: a wish that makes no sense.
+        RecipeError: a wish that makes no sense, or a folder's name that Slurm cannot be given.
     """
     said = site.model_dump() | wishes.given()
     try:
@@ -96,6 +96,7 @@ def plan_submission(recipe: Recipe, wishes: Wishes, site: Site, folder: Path) ->
     container = dict(said["container"]) if isinstance(said["container"], dict) else None
     if isinstance(said["container"], str):
         container = {**(site.container.model_dump() if site.container else {}), "image": said["container"]}
+    check_name(folder, container is not None)
     names = (
         "nodes",
         "gpus_per_node",
@@ -118,6 +119,25 @@ def plan_submission(recipe: Recipe, wishes: Wishes, site: Site, folder: Path) ->
         srun=tuple(site.srun),
         **{name: said[name] for name in names},
     )
+
+
+def check_name(folder: Path, in_container: bool) -> None:
+    """Make sure that Slurm's commands can be given this folder.
+
+    Errors:
+        RecipeError: it has a character that means something else there, and that cannot be quoted everywhere.
+    """
+    reasons = {":": "separates folders in PYTHONPATH", "%": "begins a pattern in the names of output files"}
+    reasons |= dict.fromkeys("\"'\\", "is a quotation mark in batch scripts")
+    if in_container:
+        reasons[","] = "separates the mounts of a container"
+    for character in str(folder):
+        why = reasons.get(character, "" if character.isprintable() else "cannot be printed")
+        if why:
+            raise RecipeError(
+                f"the run folder {str(folder)!r} cannot be used: {character!r} {why}. "
+                "Choose another --run folder"
+            )
 
 
 def submit_prepared(submission: Submission) -> Submission:
@@ -156,10 +176,16 @@ def batch_script(submission: Submission) -> str:
 
 
 def executor_of(submission: Submission) -> Any:
-    """Submitit's executor with everything that Slurm is asked for."""
+    """Submitit's executor with everything that Slurm is asked for.
+
+    Errors:
+        RecipeError: see `check_name`.
+        SlurmMissing: there is no Slurm.
+    """
     from submitit import SlurmExecutor
 
     run = Path(submission.run)
+    check_name(run, submission.container is not None)
     try:
         executor = SlurmExecutor(folder=launch_folder(run) / "slurm")
     except RuntimeError as error:

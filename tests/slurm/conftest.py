@@ -71,7 +71,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def whole(recipe_file: Path, runs: Path) -> dict[int, dict[str, float]]:
     """What every step of an uninterrupted run on two ranks gives, here without Slurm: `submit --local`."""
-    command = [sys.executable, "-m", "launch.cli", "launch", "submit", str(recipe_file), "--local"]
+    command = [sys.executable, "-m", "launch.cli", "launch", "submit", str(recipe_file), "--local", "--json"]
     done = subprocess.run(
         [*command, "--ranks-per-node", "2", "--run", str(runs / "whole")],
         env={**os.environ, **environment(pace=0.0)},
@@ -81,6 +81,8 @@ def whole(recipe_file: Path, runs: Path) -> dict[int, dict[str, float]]:
         check=False,
     )
     assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)
+    assert (said["run"], said["job_id"], said["exit_code"]) == (str(runs / "whole"), None, 0)
     steps = journal(runs / "whole")
     assert sorted(steps) == list(range(1, STEPS + 1))
     return steps

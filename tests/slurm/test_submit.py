@@ -99,6 +99,11 @@ def test_what_is_refused_before_slurm_hears_of_it(
         prepare(f"data.sources.motion.path={tmp_path}/no-such")
     with pytest.raises(RecipeError, match="stepz"):
         prepare("train.stepz=3")
+    for name in ("50%", "a:b", 'it"s', "it's", "back\\slash", "two\nlines"):
+        with pytest.raises(RecipeError, match="Choose another --run folder"):
+            prepare(run=name)
+    with pytest.raises(RecipeError, match="',' separates the mounts of a container"):
+        prepare(run="a,b", container="image.sqsh")
     assert not (tmp_path / "run").exists()
     (tmp_path / "file").write_text("")
     with pytest.raises(TubeworksError, match="cannot write"):
@@ -117,10 +122,11 @@ def test_one_job_per_run(cluster: Cluster, recipe_file: Path, tmp_path: Path) ->
     blocker = cluster.run(
         "sbatch", "--parsable", "--nodes=3", "--exclusive", "--output=/dev/null", "--wrap=sleep 300"
     )
-    run = start(cluster, recipe_file, tmp_path / "run", "tracking.mlflow=false", "train.steps=4", pace=0)
+    folder = tmp_path / "a run, again"  # what Slurm can be given, quoted
+    run = start(cluster, recipe_file, folder, "tracking.mlflow=false", "train.steps=4", pace=0)
     assert run.wait_for_state("PENDING").reason in ("Resources", "Priority", "")
     with pytest.raises(TubeworksError, match=f"job {run.job_id} \\(pending\\) works on"):
-        start(cluster, recipe_file, tmp_path / "run", "tracking.mlflow=false")
+        start(cluster, recipe_file, folder, "tracking.mlflow=false")
     first = run.job_id
     with patch.dict(os.environ, environment(0)):
         resubmit(run.folder, Wishes(nodes=1, time="5"))
