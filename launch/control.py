@@ -42,9 +42,11 @@ def control_command(run: Path, command: str, argument: str | None, wait: float, 
     if command == "stack":
         _stacks(run, request, int(attempts[-1]["ranks"]), wait, as_json)
         return
-    answer = _within(wait, lambda: read_answer(run, request))
-    if answer is None:
+    try:
+        answer = _within(wait, lambda: read_answer(run, request))
+    finally:  # also when the operator does not wait any longer
         withdraw(run, request)
+    if answer is None:
         raise TubeworksError(
             f"nobody answered within {wait:.0f} s: the step is longer than that (--wait), or the job hangs "
             f"(`tubeworks launch ctl {run} stack` shows where)"

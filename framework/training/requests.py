@@ -41,7 +41,7 @@ class Requests:
         try:
             request = self._mailbox.look()
         except OSError as error:
-            log.warning("control.json cannot be read: %s", error)
+            log.warning("requests cannot be read: %s", error)
             return 0, 0
         if request is None:
             return 0, 0
@@ -81,7 +81,10 @@ class Requests:
             self._profiler.stop()
             self._profiler = None
         if self._mailbox is not None:
-            self._answer(False, "the training has ended", step)
+            try:
+                self._mailbox.refuse("the training has ended", step)
+            except OSError as error:
+                log.warning("a request cannot be answered: %s", error)
 
     def _attempt(self, work: Callable[[], str], step: int) -> None:
         try:

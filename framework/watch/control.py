@@ -1,17 +1,19 @@
-"""What an operator asks of a running training, through two small files in the run folder.
+"""What operators ask of a running training, through small files in the run folder.
 
-RUN/control.json         the request: {"id", "command", "argument", "time"}, replaced in one piece
-RUN/control-answer.json  the answer to the request of that id: {"id", "done", "text", "step"}
-RUN/stacks/ID/           answers to `stack`, one file a rank
+RUN/control/ID.json         a request: {"id", "command", "argument", "time"}, there in one piece
+RUN/control/ID-answer.json  its answer: {"id", "done", "text", "step"}, taken away by who has asked
+RUN/stacks/ID/              answers to `stack`, one file a rank
 
-Rank 0 looks for a request at step boundaries and takes it away when it is answered. `stack` is answered by
-the sentinels, because it is wanted most when no step ends any more.
+Each request is a file of its own, so that none is lost, whoever else asks at the same moment; an ID begins
+with the time. Rank 0 looks for requests at step boundaries, does the oldest first, and takes it away when it
+is answered. `stack` is answered by the sentinels, because it is wanted most when no step ends any more.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import time
 import uuid
 from collections.abc import Callable
@@ -29,16 +31,17 @@ __all__ = [
     "excluded_nodes",
     "is_count",
     "read_answer",
-    "read_request",
     "send_request",
     "serve_stacks",
     "stacks_folder",
+    "waiting_requests",
     "withdraw",
 ]
 
 COMMANDS = ("checkpoint", "stack", "profile", "stop", "exclude")
 POLL_SECONDS = 1.0
-"""How often rank 0 looks for a request; a look is one `stat`."""
+"""How often rank 0 looks for a request; a look lists one small folder."""
+REQUEST_ID = re.compile(r"\d{20}-[0-9a-f]{8}")
 
 
 @dataclass(frozen=True)
@@ -61,62 +64,73 @@ class Answer:
     step: int
 
 
-def request_path(run: Path) -> Path:
+def request_path(run: Path, request_id: str) -> Path:
     """Where a request lies."""
-    return run / "control.json"
+    return run / "control" / f"{request_id}.json"
 
 
-def answer_path(run: Path) -> Path:
-    """Where the last answer lies."""
-    return run / "control-answer.json"
+def answer_path(run: Path, request_id: str) -> Path:
+    """Where the answer to a request lies."""
+    return run / "control" / f"{request_id}-answer.json"
 
 
 def send_request(run: Path, command: str, argument: str = "") -> Request:
-    """Ask something of the training in a run folder.
+    """Ask something of the training in a run folder; others may wait for an answer already.
 
     Errors:
-        TubeworksError: another request waits for its answer.
+        TubeworksError: the folder cannot be written.
     """
-    waiting = read_request(run)
-    if waiting is not None:
-        raise TubeworksError(
-            f"{run} has a request that waits for its answer: {waiting.command}. Wait, or remove "
-            f"{request_path(run)} when no training works there any more"
-        )
-    request = Request(uuid.uuid4().hex[:12], command, argument, time.time())
-    replace_text(request_path(run), json.dumps(asdict(request)) + "\n")
+    request = Request(f"{time.time_ns():020d}-{uuid.uuid4().hex[:8]}", command, argument, time.time())
+    path = request_path(run, request.id)
+    try:
+        path.parent.mkdir(exist_ok=True)
+        replace_text(path, json.dumps(asdict(request)) + "\n")
+    except OSError as error:
+        raise TubeworksError(f"{path} cannot be written: {error.strerror}") from error
     return request
 
 
-def read_request(run: Path) -> Request | None:
-    """The request that waits, or None; one that cannot be read is the command `unreadable`, which none is."""
+def waiting_requests(run: Path) -> list[Request]:
+    """The requests that wait for an answer, oldest first; one that is not understood is `unreadable`.
+
+    Errors:
+        OSError: the folder is there and cannot be read.
+    """
     try:
-        raw = json.loads(request_path(run).read_text(encoding="utf-8"))
-        return Request(str(raw["id"]), str(raw["command"]), str(raw["argument"]), float(raw["time"]))
+        names = sorted(name.removesuffix(".json") for name in os.listdir(run / "control"))
     except FileNotFoundError:
+        return []
+    found = (_read_request(run, name) for name in names if REQUEST_ID.fullmatch(name))
+    return [request for request in found if request is not None]
+
+
+def _read_request(run: Path, request_id: str) -> Request | None:
+    try:
+        raw = json.loads(request_path(run, request_id).read_text(encoding="utf-8"))
+        return Request(request_id, str(raw["command"]), str(raw["argument"]), float(raw["time"]))
+    except FileNotFoundError:  # withdrawn
         return None
     except (ValueError, KeyError, TypeError):
-        return Request("", "unreadable")
+        return Request(request_id, "unreadable")
 
 
 def read_answer(run: Path, request: Request) -> Answer | None:
     """The answer to a request, or None as long as there is none."""
     try:
-        raw = json.loads(answer_path(run).read_text(encoding="utf-8"))
-        answer = Answer(str(raw["id"]), bool(raw["done"]), str(raw["text"]), int(raw["step"]))
+        raw = json.loads(answer_path(run, request.id).read_text(encoding="utf-8"))
+        return Answer(str(raw["id"]), bool(raw["done"]), str(raw["text"]), int(raw["step"]))
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
-    return answer if answer.id == request.id else None
 
 
 def withdraw(run: Path, request: Request) -> None:
-    """Take a request away, if it still is that one."""
-    if read_request(run) == request:
-        request_path(run).unlink(missing_ok=True)
+    """Take a request and its answer away."""
+    request_path(run, request.id).unlink(missing_ok=True)
+    answer_path(run, request.id).unlink(missing_ok=True)
 
 
 class Mailbox:
-    """Rank 0's side: at most one request at a time, and its answer."""
+    """Rank 0's side: one request after the other, and its answer."""
 
     def __init__(self, run: Path) -> None:
         self._run = run
@@ -129,20 +143,28 @@ class Mailbox:
         if self._open is not None or now - self._looked < POLL_SECONDS:
             return None
         self._looked = now
-        request = read_request(self._run)
-        if request is None or request.command == "stack":
-            return None
-        self._open = request
-        return request
+        self._open = next((one for one in waiting_requests(self._run) if one.command != "stack"), None)
+        return self._open
 
     def answer(self, done: bool, text: str, step: int) -> None:
         """Answer the request that was taken up, and take it away."""
         if self._open is None:
             return
-        answer = Answer(self._open.id, done, text, step)
-        replace_text(answer_path(self._run), json.dumps(asdict(answer)) + "\n")
-        withdraw(self._run, self._open)
-        self._open = None
+        request, self._open = self._open, None
+        self._answer(request, Answer(request.id, done, text, step))
+
+    def refuse(self, text: str, step: int) -> None:
+        """Answer all that wait: nobody will do what they ask."""
+        self.answer(False, text, step)
+        for request in waiting_requests(self._run):
+            if request.command != "stack":
+                self._answer(request, Answer(request.id, False, text, step))
+
+    def _answer(self, request: Request, answer: Answer) -> None:
+        path = request_path(self._run, request.id)
+        if path.exists():  # else nobody waits any more
+            replace_text(answer_path(self._run, request.id), json.dumps(asdict(answer)) + "\n")
+            path.unlink(missing_ok=True)
 
 
 def stacks_folder(run: Path, request: Request) -> Path:
@@ -150,19 +172,15 @@ def stacks_folder(run: Path, request: Request) -> Path:
     return run / "stacks" / request.id
 
 
-def serve_stacks(run: Path, rank: int, answered: str, stacks: Callable[[], str]) -> str:
-    """A sentinel's side: answer a new `stack` request; returns the id of the last one that was answered."""
-    if not os.path.exists(request_path(run)):
-        return answered
-    request = read_request(run)
-    if request is None or request.command != "stack" or request.id == answered:
-        return answered
-    folder = stacks_folder(run, request)
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f"rank-{rank:05d}.tmp"
-    temporary.write_text(stacks(), encoding="utf-8")
-    temporary.replace(temporary.with_suffix(".txt"))
-    return request.id
+def serve_stacks(run: Path, rank: int, stacks: Callable[[], str]) -> None:
+    """A sentinel's side: answer the requests for stacks that it has not answered yet."""
+    for request in waiting_requests(run):
+        target = stacks_folder(run, request) / f"rank-{rank:05d}.txt"
+        if request.command == "stack" and not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            temporary = target.with_suffix(".tmp")
+            temporary.write_text(stacks(), encoding="utf-8")
+            temporary.replace(target)
 
 
 def is_count(text: str) -> bool:

@@ -72,7 +72,7 @@ def guard(page: Page, watched: Watched, samples_of: SamplesOf) -> int:
     rank = os.pidfd_open(watched.pid)
     tick = min(0.5, watched.seconds / 10) if watched.seconds else 0.5
     every = min(RECORD_SECONDS, max(tick, watched.seconds / 20)) if watched.seconds else RECORD_SECONDS
-    patience, written, asked = _Patience(page, watched), 0.0, ""
+    patience, written = _Patience(page, watched), 0.0
     with contextlib.suppress(OSError):
         _record_path(watched, _attempt(watched, page)).unlink()  # of a start that was not one
     while True:
@@ -92,7 +92,7 @@ def guard(page: Page, watched: Watched, samples_of: SamplesOf) -> int:
             written = time.monotonic()
             with contextlib.suppress(OSError):  # a folder that cannot be written is the training's to report
                 write_record(page, watched, "running")
-                asked = serve_stacks(watched.run, watched.rank, asked, lambda: stacks_of(watched))
+                serve_stacks(watched.run, watched.rank, lambda: stacks_of(watched))
 
 
 class _Patience:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gzip
 import json
+import multiprocessing
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rank_processes import journalled, start_training, wait_for_step
@@ -15,10 +17,12 @@ from framework.training.requests import Requests
 from framework.watch.attempts import attempts_of
 from framework.watch.control import (
     COMMANDS,
+    POLL_SECONDS,
+    Mailbox,
     excluded_nodes,
     read_answer,
-    read_request,
     send_request,
+    waiting_requests,
 )
 from launch.control import control_command
 
@@ -51,7 +55,7 @@ def test_the_life_of_an_operator(
 
     with pytest.raises(TubeworksError, match="profile takes a number of steps below a million, not 'many'"):
         control_command(run, "profile", "many", 1, False)
-    assert read_request(run) is None, "answered requests are taken away"
+    assert waiting_requests(run) == [], "answered requests are taken away"
 
     control_command(run, "exclude", "node7", 60, False)
     assert job.wait() == [128 + 12] * 2, job.said()[-2000:]
@@ -73,12 +77,42 @@ def test_stopping_saves_and_leaves_as_a_signal_would(recipe_file: Path, tmp_path
     assert int(saved.name.removeprefix("step-")) == max(journalled(run))
 
 
-def test_one_request_at_a_time(tmp_path: Path) -> None:
-    (tmp_path / "run.json").write_text(json.dumps({"attempts": [{"attempt": 0, "ranks": 1}]}))
-    first = send_request(tmp_path, "checkpoint")
-    with pytest.raises(TubeworksError, match="waits for its answer: checkpoint"):
-        send_request(tmp_path, "stop")
-    assert read_request(tmp_path) == first
+def ask_at_once(run: Path, barrier: Any, node: str) -> None:
+    barrier.wait()
+    for number in range(20):
+        send_request(run, "exclude", f"{node}-{number}")
+
+
+def test_no_request_is_lost(tmp_path: Path) -> None:
+    """Eight operators ask at the same moment, while rank 0 takes up and answers what it finds."""
+    context = multiprocessing.get_context("spawn")
+    barrier = context.Barrier(9)
+    senders = [context.Process(target=ask_at_once, args=(tmp_path, barrier, f"n{one}")) for one in range(8)]
+    for sender in senders:
+        sender.start()
+    barrier.wait()
+    mailbox, taken = Mailbox(tmp_path), []
+    while any(sender.is_alive() for sender in senders) or waiting_requests(tmp_path):
+        mailbox._looked = -POLL_SECONDS  # at once, not every second
+        request = mailbox.look()
+        if request is not None:
+            taken.append(request)
+            mailbox.answer(True, request.argument, len(taken))
+    assert sorted(one.argument for one in taken) == sorted(f"n{a}-{b}" for a in range(8) for b in range(20))
+    answers = [read_answer(tmp_path, one) for one in taken]
+    assert [answer.text for answer in answers if answer] == [one.argument for one in taken]
+
+
+def test_who_waits_when_the_training_ends_is_answered(tmp_path: Path) -> None:
+    first, second = send_request(tmp_path, "checkpoint"), send_request(tmp_path, "stop")
+    requests = Requests(tmp_path, is_main=True)
+    assert requests.ask() == (COMMANDS.index("checkpoint") + 1, 1)
+    requests.close(7)
+    for request in (first, second):
+        answer = read_answer(tmp_path, request)
+        assert answer is not None
+        assert (answer.done, answer.text) == (False, "the training has ended")
+    assert waiting_requests(tmp_path) == []
 
 
 @pytest.mark.parametrize("argument", ["9" * 30, "9" * 5000, "²", "-1", ""])
@@ -104,7 +138,7 @@ def test_nobody_answers(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text(json.dumps({"attempts": [{"attempt": 0, "ranks": 1}]}))
     with pytest.raises(TubeworksError, match="nobody answered within 0 s"):
         control_command(tmp_path, "checkpoint", None, 0.2, False)
-    assert read_request(tmp_path) is None, "a request that nobody wants any more is withdrawn"
+    assert waiting_requests(tmp_path) == [], "a request that nobody wants any more is withdrawn"
 
 
 def test_a_folder_without_a_run(tmp_path: Path) -> None:

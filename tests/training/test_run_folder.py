@@ -183,9 +183,7 @@ def test_a_later_run_json_is_refused(tmp_path: Path) -> None:
         read_run(tmp_path)
 
 
-def test_a_path_made_absolute_is_no_change(
-    tmp_path: Path, make_recipe: Callable[..., Recipe]
-) -> None:
+def test_a_path_made_absolute_is_no_change(tmp_path: Path, make_recipe: Callable[..., Recipe]) -> None:
     """`train` keeps paths as they were written, `launch submit` makes them absolute, and starts elsewhere."""
 
     def of(place: str, uri: str) -> Recipe:
