@@ -104,7 +104,7 @@ def _rates(options: BenchOptions) -> tuple[dict[str, float], str]:
 
     hardware = find_hardware(options.hardware)
     seconds = forecast(options.recipe, hardware, Surroundings(1, 1))["times"]["compute"]
-    mixture = options.recipe.data.mixture
+    mixture = options.recipe.data.samples
     rates = {name: count / seconds for name, count in mixture.items()}
     for name, source in options.recipe.data.sources.items():
         if name in rates and source.dataset:
@@ -137,13 +137,18 @@ def _measure(manifest: Manifest, dataset: DatasetInfo, source: Source, samples: 
     count = min(samples, len(selection))
     chosen = numpy.linspace(0, len(selection) - 1, count).astype(int).tolist()
     process = psutil.Process(os.getpid())
-    reader.training_view(reader.info(chosen[0]), sample_seed(0, dataset.name, 0, 0))  # opens, imports, warms
+
+    def make(index: int) -> None:
+        seeds = [sample_seed(0, dataset.name, 0, index, view) for view in range(source.repeats)]
+        reader.training_views(reader.info(index), seeds)
+
+    make(chosen[0])  # opens, imports, warms
     before = process.memory_info().rss
     stages = dict(reader.seconds)
     times = []
     for index in chosen:
         started = time.process_time()
-        reader.training_view(reader.info(index), sample_seed(0, dataset.name, 0, index))
+        make(index)
         times.append(1000 * (time.process_time() - started))
     after = process.memory_info().rss
     low, high = numpy.percentile(times, (10, 90)).tolist()

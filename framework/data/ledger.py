@@ -72,12 +72,24 @@ class Ledger:
         self._sums: dict[str, dict[int, int]] = {}
         self._replaced: dict[str, list[list[int]]] = {}
 
-    def note(self, step: int, source: str, place: int, epoch: Any, planned: Any, used: Any) -> None:
+    def note(
+        self, step: int, source: str, place: int, epoch: Any, planned: Any, used: Any, repeats: int = 1
+    ) -> None:
         """Note the rows of one source in a micro-batch: `place` is where they begin in the global step.
 
         `epoch`, `planned` (what the plan asked for) and `used` (what was fed) are integers of shape (rows,).
+        What is noted are samples, each of which was fed in `repeats` rows, one after another.
+
+        Errors:
+            DataError: those rows are not of one sample.
         """
-        epoch, planned, used = (np.asarray(values, np.int64) for values in (epoch, planned, used))
+        rows = np.array([epoch, planned, used], np.int64).reshape(3, -1, repeats)  # (3, samples, repeats)
+        if (rows != rows[:, :, :1]).any():
+            raise DataError(
+                f"source {source}, step {step}: {repeats} rows from place {place} on are not of one sample, "
+                "which data.sources.*.repeats promises: a defect of the loader; please report it"
+            )
+        (epoch, planned, used), place = rows[:, :, 0], place // repeats
         sums = self._sums.setdefault(source, {})
         sums[step] = (sums.get(step, 0) + step_sum(source, place, epoch, used)) & (2**64 - 1)
         replaced = np.flatnonzero(planned != used)

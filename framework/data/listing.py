@@ -14,8 +14,8 @@ __all__ = ["listing"]
 def listing(recipe: Recipe, step: int, world: int, rank: int) -> dict[str, Any]:
     """What a rank trains on in a step: sample keys per micro-batch and source, ready for JSON.
 
-    {"plan": hash, "step", "world", "rank", "steps_per_epoch": {source: float}, "micro_batches":
-    [{source: [{"epoch", "index", "key"}, …]}, …]}
+    {"plan": hash, "step", "world", "rank", "steps_per_epoch": {source: float}, "repeats": {source: views of
+    each sample}, "micro_batches": [{source: [{"epoch", "index", "key"}, …]}, …]}
 
     Errors:
         DataError: the shards cannot be opened or do not fit the recipe.
@@ -48,5 +48,6 @@ def listing(recipe: Recipe, step: int, world: int, rank: int) -> dict[str, Any]:
         "world": world,
         "rank": rank,
         "steps_per_epoch": {name: plan.steps_per_epoch(name) for name in sources},
+        "repeats": recipe.data.repeats,
         "micro_batches": micro_batches,
     }

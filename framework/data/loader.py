@@ -37,7 +37,7 @@ _MAX_ATTEMPTS = 4096  # with those that are known to be out, which cost nothing
 
 @dataclass
 class Group:
-    """The samples of one source in a micro-batch.
+    """The samples of one source in a micro-batch, each in as many rows, one after another, as it repeats.
 
     `pixels` lie with channels last in memory (`torch.channels_last_3d`), which is how decoders give them.
     """
@@ -219,15 +219,19 @@ class _TrainingBatches:
 
     def _group(self, name: str, epochs: np.ndarray, indices: np.ndarray, batch: Batch) -> Group:
         source = self.recipe.data.sources[name]
-        shape = (len(indices), source.frames, source.size, source.size, 3)
-        pixels, labels = pixel_memory(shape), new_labels(source.targets, len(indices))
-        used, views = np.array(indices, np.int64), np.zeros(len(indices), np.int64)
-        for row, epoch in enumerate(epochs):
-            view = pixels[row].numpy()
-            info, used[row], views[row] = self._sample(name, int(epoch), int(indices[row]), batch, view)
-            labels[row] = label_row(source.targets, info)
+        rows, repeats = len(indices) * source.repeats, source.repeats
+        pixels = pixel_memory((rows, source.frames, source.size, source.size, 3))
+        labels = new_labels(source.targets, rows)
+        used, views = np.array(indices, np.int64), np.zeros((len(indices), repeats), np.int64)
+        for place, epoch in enumerate(epochs):
+            own = slice(place * repeats, (place + 1) * repeats)
+            info, used[place], views[place] = self._sample(
+                name, int(epoch), int(indices[place]), batch, pixels[own].numpy()
+            )
+            labels[own] = label_row(source.targets, info)
             progress.rest()
-        seeds = sample_seeds(self.recipe.seed, name, epochs, used, views).view(np.int64)
+        epochs, indices, used = (np.repeat(column, repeats) for column in (epochs, indices, used))
+        seeds = sample_seeds(self.recipe.seed, name, epochs, used, views.ravel()).view(np.int64)
         return Group(
             pixels.permute(0, 4, 1, 2, 3),
             labels,
@@ -239,20 +243,22 @@ class _TrainingBatches:
 
     def _sample(
         self, name: str, epoch: int, index: int, batch: Batch, out: np.ndarray
-    ) -> tuple[SampleInfo, int, int]:
-        """Write a sample, or its substitute, into `out`; its manifest entry, index and view number."""
+    ) -> tuple[SampleInfo, int, range]:
+        """Write the views of a sample, or its substitute's, into `out`; its entry, index and view numbers."""
+        repeats = self.recipe.data.sources[name].repeats
         reader, used, corrupt = self._readers[name], index, 0
         for attempt in range(_MAX_ATTEMPTS):
             place: Quarantined | CorruptSample | None = self._quarantine.holding(name, used, batch.step)
             if place is None:
                 info = reader.info(used)
-                seed = sample_seed(self.recipe.seed, name, epoch, used, attempt)
+                views = range(attempt * repeats, (attempt + 1) * repeats)
+                seeds = [sample_seed(self.recipe.seed, name, epoch, used, view) for view in views]
                 progress.begin_sample(self._names.index(name), used)
                 try:
                     if reason := self._lost.get((name, used)):
                         raise reader.corrupt(info, reason)
-                    reader.training_view(info, seed, out)
-                    return info, used, attempt
+                    reader.training_views(info, seeds, out)
+                    return info, used, views
                 except CorruptSample as error:
                     if self.recipe.data.on_corrupt == "stop":
                         raise

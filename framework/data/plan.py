@@ -3,7 +3,8 @@
 Nothing else decides order: not ranks, nodes, workers, prefetch, nor where a run was interrupted. The state
 of the data is the step number and the plan's hash.
 
-A source of N samples gives `count` = c samples to every step. The sample at place j of step s has the
+A source of N samples gives `count` = c different samples to every step (each of which the loader makes
+`repeats` rows of, which the plan keeps together). The sample at place j of step s has the
 global position g = s·c + j; it belongs to epoch e = g // N at position p = g % N. Each epoch orders the N
 samples so:
 
@@ -46,14 +47,16 @@ _BLOCK_WORDS_KEPT = 1 << 24  # 64 MiB of permutations of places in blocks
 class PlanSource:
     """What the plan must know of a source.
 
-    `count` samples make one global step; `shard_sizes` holds the number of this source's samples in each
-    shard, in shard order; `identity` is a hash of the manifest and of what was selected from it.
+    `count` samples make one global step, each with `repeats` rows; `shard_sizes` holds the number of this
+    source's samples in each shard, in shard order; `identity` is a hash of the manifest and of what was
+    selected from it.
     """
 
     name: str
     count: int
     shard_sizes: Integers
     identity: str
+    repeats: int = 1
 
 
 @dataclass(frozen=True)
@@ -209,6 +212,7 @@ class Plan:
         if block <= 0:
             raise RecipeError(f"data.block is {block}; it must be at least 1")
         self._counts = {source.name: source.count for source in sources}
+        self._repeats = {source.name: source.repeats for source in sources}
         if len(self._counts) != len(sources) or not sources:
             raise RecipeError("the plan needs at least one source, and every source once")
         self._orders = {source.name: _SourceOrder(source, seed, block) for source in sources}
@@ -216,6 +220,7 @@ class Plan:
         self.described = {
             source.name: {
                 "count": source.count,
+                **({"repeats": source.repeats} if source.repeats > 1 else {}),
                 "samples": int(np.sum(source.shard_sizes)),
                 "shards": len(source.shard_sizes),
                 "identity": source.identity,
@@ -226,7 +231,7 @@ class Plan:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Samples of each source in one global step."""
+        """Different samples of each source in one global step."""
         return dict(self._counts)
 
     def step(self, step: int) -> dict[str, StepIds]:
@@ -258,7 +263,8 @@ class Plan:
 
     def check(self, world: int, accumulation: int) -> None:
         """Raise RecipeError, with the numbers that work, if the ranks cannot share a step evenly."""
-        check_shares(self._counts, world, accumulation)
+        rows = {name: count * self._repeats[name] for name, count in self._counts.items()}
+        check_shares(rows, world, accumulation, self._repeats)
 
     def steps_per_epoch(self, name: str) -> float:
         """How many steps use every sample of a source once; not a whole number in general."""
@@ -277,12 +283,23 @@ class Plan:
         return self._orders[name].substitute(epoch, index, attempt)
 
 
-def check_shares(mixture: Mapping[str, int], world: int, accumulation: int) -> None:
-    """Raise RecipeError, with the numbers that work, if ranks cannot share a step of the mixture evenly."""
-    common = math.gcd(*mixture.values())
+def check_shares(
+    mixture: Mapping[str, int], world: int, accumulation: int, repeats: Mapping[str, int] | None = None
+) -> None:
+    """Raise RecipeError, with the numbers that work, if ranks cannot share a step of the mixture evenly.
+
+    The `repeats` rows of a sample, 1 where they are not given, stay together in one micro-batch.
+    """
+    samples = {name: count // (repeats or {}).get(name, 1) for name, count in mixture.items()}
+    common = math.gcd(*samples.values())
     if common % (world * accumulation) == 0:
         return
-    uneven = [f"{name}: {count}" for name, count in mixture.items() if count % (world * accumulation) != 0]
+    uneven = [
+        f"{name}: {mixture[name]}" if count == mixture[name] else
+        f"{name}: {mixture[name]} ({count} samples, each in one piece with its {mixture[name] // count} rows)"
+        for name, count in samples.items()
+        if count % (world * accumulation) != 0
+    ]  # fmt: skip
     ranks = _divisors(common // accumulation) if common % accumulation == 0 else []
     micros = _divisors(common // world) if common % world == 0 else []
     raise RecipeError(
@@ -299,6 +316,7 @@ def _plan_hash(sources: Sequence[PlanSource], seed: int, block: int) -> str:
         source.name: {
             "count": source.count,
             "identity": source.identity,
+            **({"repeats": source.repeats} if source.repeats > 1 else {}),
             "shards": hashlib.blake2b(
                 np.asarray(source.shard_sizes).astype("<i8").tobytes(), digest_size=16
             ).hexdigest(),

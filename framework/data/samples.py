@@ -64,15 +64,27 @@ class SampleReader:
         """The error for a sample that cannot be used."""
         return self._shards.corrupt(info, reason)
 
-    def training_view(self, info: SampleInfo, seed: int, out: Pixels | None = None) -> Pixels:
-        """The random view of a sample that `seed` decides: clip, crop, flip, RandAugment, colours.
+    def training_view(self, info: SampleInfo, seed: int) -> Pixels:
+        """The random view of a sample that `seed` decides; see `training_views`."""
+        return self.training_views(info, [seed])[0]
 
-        It is written into `out` (frames, size, size, 3), by default new memory, which is returned.
+    def training_views(self, info: SampleInfo, seeds: Sequence[int], out: Pixels | None = None) -> Pixels:
+        """Random views of a sample, one for each seed: clip, crop, flip, RandAugment, colours.
+
+        The sample is read and decoded once for all of them; a view is the same whatever others there are.
+        They are written into `out` (views, frames, size, size, 3), by default new memory, which is returned.
 
         Errors:
             CorruptSample: bytes that are not those of the manifest, or that do not decode.
             DataError: the shard cannot be read.
         """
+        made = self._views(info, [self._random_view(info, seed) for seed in seeds], out)
+        with self._timed("augment"):
+            for pixels, seed in zip(made, seeds, strict=True):
+                self._augment(pixels, seed)
+        return made
+
+    def _random_view(self, info: SampleInfo, seed: int) -> _View:
         source = self._opened.source
         frames = [0]
         if source.clip is not None:
@@ -81,13 +93,14 @@ class SampleReader:
             frames = [still_of(source.still, info.frames, Draws(seed, "clip"))]
         box = random_box(Draws(seed, "crop"), info.height, info.width, source.augment, source.size)
         mirrored = Draws(seed, "flip").chance(source.augment.flip)
-        pixels = self._views(info, [_View(frames, box, mirrored)], None if out is None else out[None])[0]
-        with self._timed("augment"):
-            if source.augment.randaugment is not None:
-                pixels[...] = rand_augment(pixels, source.augment.randaugment, Draws(seed, "randaugment"))
-            if source.augment.color_jitter is not None:
-                pixels[...] = color_jitter(pixels, source.augment.color_jitter, Draws(seed, "color_jitter"))
-        return pixels
+        return _View(frames, box, mirrored)
+
+    def _augment(self, pixels: Pixels, seed: int) -> None:
+        augment = self._opened.source.augment
+        if augment.randaugment is not None:
+            pixels[...] = rand_augment(pixels, augment.randaugment, Draws(seed, "randaugment"))
+        if augment.color_jitter is not None:
+            pixels[...] = color_jitter(pixels, augment.color_jitter, Draws(seed, "color_jitter"))
 
     def evaluation_views(
         self,
@@ -102,7 +115,7 @@ class SampleReader:
 
         An image has one view, the middle. `shuffle_seed` (None: off) puts the frames of each clip into a
         random order, the same for all views of the sample.
-        `out` and errors are those of `training_view`.
+        `out` and errors are those of `training_views`.
         """
         clip = self._opened.source.clip
         if clip is None:
@@ -169,17 +182,19 @@ class SampleReader:
                 return
             with self._timed("augment"):
                 for box in boxes:
-                    cut = self._cut(
-                        chunk, box._replace(top=box.top - around.top, left=box.left - around.left)
-                    )
-                    for view, rows in zip(views, out, strict=True):
-                        if view.box == box:
-                            _put(cut, indices.tolist(), view, rows)
+                    mine = [(view, rows) for view, rows in zip(views, out, strict=True) if view.box == box]
+                    here = np.isin(indices, [index for view, _ in mine for index in view.frames])
+                    if not here.any():
+                        continue
+                    inside = box._replace(top=box.top - around.top, left=box.left - around.left)
+                    cut = self._cut(chunk, inside, None if here.all() else here)
+                    for view, rows in mine:
+                        _put(cut, indices[here].tolist(), view, rows)
 
-    def _cut(self, frames: Pixels, box: Box) -> Pixels:
-        """A box of frames (n, height, width, 3), resized to the source's size."""
+    def _cut(self, frames: Pixels, box: Box, chosen: NDArray[np.bool_] | None = None) -> Pixels:
+        """A box of (the chosen) frames (n, height, width, 3), resized to the source's size."""
         part = frames[:, box.top : box.top + box.height, box.left : box.left + box.width]
-        return resize(part, self._opened.source.size)
+        return resize(part if chosen is None else part[chosen], self._opened.source.size)
 
     @contextmanager
     def _timed(self, name: str) -> Iterator[None]:

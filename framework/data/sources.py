@@ -77,7 +77,7 @@ def build_plan(recipe: Recipe, sources: Mapping[str, OpenSource]) -> Plan:
     if missing:
         raise DataError(f"sources of the mixture that were not opened: {', '.join(missing)}")
     return Plan(
-        [_plan_source(sources[name], count) for name, count in recipe.data.mixture.items()],
+        [_plan_source(sources[name], count) for name, count in recipe.data.samples.items()],
         seed=recipe.seed,
         block=recipe.data.block,
     )
@@ -90,7 +90,7 @@ def _plan_source(opened: OpenSource, count: int) -> PlanSource:
     else:
         shards = opened.manifest.column("shard")[np.asarray(opened.selection)]
         sizes = np.bincount(shards, minlength=len(opened.manifest.shards)).astype(np.int64)
-    return PlanSource(opened.name, count, sizes, opened.identity)
+    return PlanSource(opened.name, count, sizes, opened.identity, opened.source.repeats)
 
 
 def _open_source(name: str, source: Source, folder: str, split: Split, cache: Cache) -> OpenSource:

@@ -68,6 +68,7 @@ def _source(recipe: Recipe, opened: OpenSource, plan: Plan) -> dict[str, Any]:
         "shards": len(opened.manifest.shards),
         "bytes": int(shard_bytes(opened).sum()),
         "samples_per_step": plan.counts[opened.name],
+        "repeats": opened.source.repeats,
         "steps_per_epoch": steps,
         "epochs": recipe.train.steps / steps,
     }
@@ -107,7 +108,8 @@ def summary_text(summary: Mapping[str, Any]) -> str:
     for name, one in summary["sources"].items():
         lines.append(
             f"  {name}: {one['samples']:,} samples, {one['shards']:,} shards, {_gib(one['bytes'])}; "
-            f"{one['samples_per_step']} a step, {one['steps_per_epoch']:,.1f} steps an epoch, "
+            f"{one['samples_per_step']} a step{_repeated(one['repeats'])}, "
+            f"{one['steps_per_epoch']:,.1f} steps an epoch, "
             f"{one['epochs']:.2f} epochs"
         )
     for name, cost in summary["decode_ms"].items():
@@ -131,6 +133,10 @@ def summary_text(summary: Mapping[str, Any]) -> str:
         f"its rate ({share['origin']})"
     )
     return "\n".join(lines)
+
+
+def _repeated(repeats: int) -> str:
+    return f" with {repeats} views each" if repeats > 1 else ""
 
 
 def _gib(count: float) -> str:

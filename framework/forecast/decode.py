@@ -52,15 +52,17 @@ def decode_costs(recipe: Recipe, sources: Mapping[str, OpenSource], count: int) 
 
 
 def _decode_cost(recipe: Recipe, opened: OpenSource, count: int) -> float | None:
-    """Processor milliseconds from bytes to a training view, the mean over `count` samples; None without any.
+    """Processor milliseconds from bytes to all training views of a sample, the mean over `count`; or None.
 
     Samples are of the first shard, so that of a remote source one shard comes. Corrupt ones are passed over.
     """
     reader, spent, done = SampleReader(opened), 0.0, 0
+    views = range(opened.source.repeats)
     for index in range(min(len(opened), count + 1)):
+        seeds = [sample_seed(recipe.seed, opened.name, 0, index, view) for view in views]
         began = time.process_time()
         try:
-            reader.training_view(reader.info(index), sample_seed(recipe.seed, opened.name, 0, index))
+            reader.training_views(reader.info(index), seeds)
         except CorruptSample:
             continue
         if index:  # the first one also loads the decoder

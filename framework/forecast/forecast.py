@@ -32,7 +32,7 @@ class Surroundings:
     nodes: int = 1
     gpus_per_node: int = 8
     decode_ms: Mapping[str, float] | None = None
-    """Processor milliseconds of one sample, by source; what is missing is estimated."""
+    """Processor milliseconds of one sample with all its views, by source; what is missing is estimated."""
     measured: frozenset[str] = frozenset()
     """Sources whose milliseconds were measured on this machine."""
 
@@ -48,7 +48,7 @@ def forecast(recipe: Recipe, hardware: Hardware, around: Surroundings) -> dict[s
         RecipeError: the mixture cannot be shared by these ranks.
     """
     world = around.nodes * around.gpus_per_node
-    check_shares(recipe.data.mixture, world, recipe.train.accumulation)
+    check_shares(recipe.data.mixture, world, recipe.train.accumulation, recipe.data.repeats)
     described = describe_recipe(recipe)
     share, origin = hardware.share(described["width"], described["depth"], _longest(described))
     milliseconds = {
@@ -56,6 +56,7 @@ def forecast(recipe: Recipe, hardware: Hardware, around: Surroundings) -> dict[s
         for name, source in recipe.data.sources.items()
     }
     per_rank = {name: count / world for name, count in recipe.data.mixture.items()}
+    decode = sum(milliseconds[name] * count / world for name, count in recipe.data.samples.items()) / 1e3
     operations = step_operations(recipe, described, per_rank)
     times = {
         "compute": operations / (hardware.matmul * share),
@@ -63,13 +64,10 @@ def forecast(recipe: Recipe, hardware: Hardware, around: Surroundings) -> dict[s
         / (hardware.network if around.nodes > 1 else hardware.gpu_link),
         "copy": sum(_pixel_bytes(recipe.data.sources[n]) * count for n, count in per_rank.items())
         / hardware.host_link,
-        "decode": sum(milliseconds[n] * count for n, count in per_rank.items())
-        / 1e3
-        / max(1, recipe.data.workers),
+        "decode": decode / max(1, recipe.data.workers),
     }
     device = times["compute"] + times["network"]
     step = max(device, times["copy"], times["decode"])
-    cores = sum(milliseconds[n] * count for n, count in per_rank.items()) / 1e3 / device
     hours = recipe.train.steps * step / 3600
     memory = _memory(recipe, world, hardware)
     return {
@@ -85,7 +83,7 @@ def forecast(recipe: Recipe, hardware: Hardware, around: Surroundings) -> dict[s
         "decode": {
             "ms": milliseconds,
             "origin": {name: _origin(name, around) for name in milliseconds},
-            "cores_per_gpu": cores,
+            "cores_per_gpu": decode / device,
             "workers_per_gpu": recipe.data.workers,
         },
         "hours": hours,
@@ -117,10 +115,11 @@ def _longest(described: Mapping[str, Any]) -> int:
 
 
 def _decode_ms(source: Source) -> float:
+    """An estimate for a sample with all its views, of which nothing is taken to be shared."""
     if source.kind == "image":
-        return DECODE_MS["image"]
+        return DECODE_MS["image"] * source.repeats
     frame = DECODE_MS["frame"] + (DECODE_MS["frame_randaugment"] if source.augment.randaugment else 0)
-    return frame * source.frames
+    return frame * source.frames * source.repeats
 
 
 def _pixel_bytes(source: Source) -> int:

@@ -63,9 +63,9 @@ def _accumulation_that_fits(
 ) -> int | None:
     """The smallest number of micro-batches a step that divides the mixture and fits; None: none does."""
     largest = memory.largest_micro_batch(world, capacity, checkpointing=checkpointing)
-    smallest = min(recipe.data.mixture.values())
-    for accumulation in range(1, smallest // world + 1):
-        divides = all(count % (world * accumulation) == 0 for count in recipe.data.mixture.values())
+    samples, smallest = recipe.data.samples.values(), min(recipe.data.mixture.values())
+    for accumulation in range(1, min(samples) // world + 1):
+        divides = all(count % (world * accumulation) == 0 for count in samples)
         if divides and smallest // (world * accumulation) <= largest:
             return accumulation
     return None

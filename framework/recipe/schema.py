@@ -127,6 +127,9 @@ class Source(Labelled):
     still: Literal["random", "center"] | None = None
     """An image source may take a frame of each video of a video data set: a random one, or the middle."""
     augment: Augment = Augment()
+    repeats: Annotated[int, Field(ge=1, le=1_000)] = 1
+    """Views that a step has of each of its samples, from one decoding (Hoffer et al., 2020, "Augment your
+    batch"): of `mixture` 512 and `repeats` 2 a step has 256 samples."""
     label_smoothing: Fraction = 0.0
     mixup: Annotated[float, Field(ge=0)] = 0.0
     """Alpha of the Beta distribution; 0 is off."""
@@ -160,7 +163,7 @@ class Source(Labelled):
 
 
 class Data(Section):
-    """The sources, and how many samples of each make one global step."""
+    """The sources, and how many rows of each make one global step: samples, times their `repeats`."""
 
     sources: Annotated[dict[Name, Source], Field(min_length=1)]
     mixture: Annotated[dict[Name, Positive], Field(min_length=1)]
@@ -189,6 +192,29 @@ class Data(Section):
                 text = f"there is no such source{guess} Names in data.sources: {', '.join(self.sources)}"
                 raise BrokenRule(text, "mixture", name)
         return self
+
+    @model_validator(mode="after")
+    def _mixture_has_whole_samples(self) -> Data:
+        for name, count in self.mixture.items():
+            repeats = self.sources[name].repeats
+            if count % repeats:
+                near = " or ".join(str(n) for n in (count - count % repeats, count + -count % repeats) if n)
+                text = (
+                    f"is {count}, but each sample has {repeats} rows (data.sources.{name}.repeats): {near} "
+                    "would do"
+                )
+                raise BrokenRule(text, "mixture", name)
+        return self
+
+    @property
+    def repeats(self) -> dict[str, int]:
+        """Rows that each sample of a source of the mixture has in a step."""
+        return {name: self.sources[name].repeats for name in self.mixture}
+
+    @property
+    def samples(self) -> dict[str, int]:
+        """Different samples of each source in one global step."""
+        return {name: count // self.sources[name].repeats for name, count in self.mixture.items()}
 
 
 class Train(Section):

@@ -21,17 +21,18 @@ __all__ = ["fit_accumulation", "fitted", "with_accumulation"]
 def fitted(recipe: Recipe, run: Path, ranks: int) -> Recipe:
     """The recipe with the accumulation that suits so many ranks, given how the run was trained before."""
     asked = recipe.train.accumulation
-    accumulation = fit_accumulation(recipe.data.mixture, asked, ranks, attempts_of(run))
+    accumulation = fit_accumulation(recipe.data.samples, asked, ranks, attempts_of(run))
     return with_accumulation(recipe, accumulation)
 
 
 def fit_accumulation(
-    mixture: Mapping[str, int], asked: int, ranks: int, attempts: Sequence[Mapping[str, Any]]
+    samples: Mapping[str, int], asked: int, ranks: int, attempts: Sequence[Mapping[str, Any]]
 ) -> int:
     """The smallest number of micro-batches a step with which none is larger than it was.
 
     That is measured on the attempt for which `asked` was chosen: the first of the last ones that have it.
-    The number that was asked for is returned where no other would fit better or divide the mixture.
+    `samples` are those of each source in a step. The number that was asked for is returned where no other
+    would fit better or divide them.
     """
     reference: Mapping[str, Any] | None = None
     for attempt in reversed(attempts):
@@ -41,7 +42,7 @@ def fit_accumulation(
     if reference is None or reference["ranks"] == ranks:
         return asked
     parts = reference["ranks"] * reference["accumulation"]
-    common = math.gcd(*mixture.values())
+    common = math.gcd(*samples.values())
     fitting = (count for count in range(1, common // ranks + 1) if common % (ranks * count) == 0)
     return next((count for count in fitting if ranks * count >= parts), asked)
 

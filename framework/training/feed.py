@@ -110,7 +110,8 @@ class Feed:
             for name, group in batch.groups.items():
                 place = (rank * accumulation + batch.micro) * len(group.index)
                 columns = (group.epoch.numpy(), group.planned.numpy(), group.index.numpy())
-                self._session.ledger.note(batch.step, name, place, *columns)
+                repeats = self._session.recipe.data.sources[name].repeats
+                self._session.ledger.note(batch.step, name, place, *columns, repeats)
 
     def _all_renewed(self, micro_batches: list[Batch]) -> list[Batch]:
         return [self._renewed(batch) for batch in micro_batches]

@@ -42,7 +42,7 @@ class CollapseGuard:
         self._points = recipe.guards.collapse
         self._warmup = recipe.schedule.warmup
         self._every = recipe.train.log_every
-        self._samples = recipe.data.mixture
+        self._samples = recipe.data.samples
         self._blind = {
             name: _blind(recipe.data.sources[name], (shares or {}).get(name))
             for name in recipe.data.mixture

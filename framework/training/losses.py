@@ -17,37 +17,43 @@ __all__ = ["Mixing", "binary_cross_entropy", "cross_entropy", "draw_mixing", "mi
 
 
 class Mixing:
-    """How the neighbours (2i, 2i + 1) of a micro-batch are mixed: `share` (batch,) of each sample stays."""
+    """How the neighbours (2i, 2i + 1) of a micro-batch are mixed: `share` (batch,) of each row stays.
 
-    def __init__(self, share: Tensor) -> None:
+    Neighbours are samples: where each has `repeats` rows, the n-th of one is mixed with the other's n-th.
+    """
+
+    def __init__(self, share: Tensor, repeats: int = 1) -> None:
         self.share = share
-        self.partner = torch.arange(share.shape[0], device=share.device) ^ 1
+        rows = torch.arange(share.shape[0], device=share.device)
+        self.partner = (rows // repeats ^ 1) * repeats + rows % repeats
 
 
-def draw_mixing(alpha: float, seeds: Tensor, source: str) -> Mixing | None:
+def draw_mixing(alpha: float, seeds: Tensor, source: str, repeats: int = 1) -> Mixing | None:
     """Draw mixup's share for each pair of neighbours from Beta(alpha, alpha) (Zhang et al., 2018).
 
     Args:
         alpha: parameter of the Beta distribution; 0 turns mixing off.
-        seeds: (batch,) the samples' counter-based seeds; a pair uses the one of its first sample.
+        seeds: (batch,) the rows' counter-based seeds; a pair uses the one of its first row.
         source: named in the error.
+        repeats: rows of each sample, one after another; a sample is never mixed with itself.
 
     Errors:
-        RecipeError: the micro-batch is odd, so that one sample has no partner.
+        RecipeError: the samples of the micro-batch are odd, so that one has no partner.
     """
     if alpha == 0:
         return None
-    batch = seeds.shape[0]
-    if batch % 2:
+    samples = seeds.shape[0] // repeats
+    if samples % 2:
         raise RecipeError(
             f"source {source}: mixup needs an even number of samples in each micro-batch, here there are "
-            f"{batch}. Change data.mixture.{source}, train.accumulation or the number of ranks"
+            f"{samples}. Change data.mixture.{source}, train.accumulation or the number of ranks"
         )
-    keys = seeds.cpu().numpy().view(np.uint64)[::2]
+    keys = seeds.cpu().numpy().view(np.uint64).reshape(-1, 2, repeats)[:, 0].ravel()
     shares = [
         np.random.Generator(np.random.Philox(key=int(key) ^ 0x6D69787570)).beta(alpha, alpha) for key in keys
     ]
-    return Mixing(torch.tensor(shares, dtype=torch.float32, device=seeds.device).repeat_interleave(2))
+    both = torch.tensor(shares, dtype=torch.float32, device=seeds.device).view(-1, 1, repeats)
+    return Mixing(both.expand(-1, 2, -1).reshape(-1), repeats)
 
 
 def mix_pixels(pixels: Tensor, mixing: Mixing) -> Tensor:

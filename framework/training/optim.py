@@ -27,7 +27,7 @@ def resolve_schedule(recipe: Recipe, samples: Mapping[str, int]) -> Schedule:
     epochs = recipe.schedule.warmup_epochs
     if epochs is None:
         return recipe.schedule
-    source, share = next(iter(recipe.data.mixture.items()))
+    source, share = next(iter(recipe.data.samples.items()))
     steps = max(1, round(epochs * samples[source] / share))
     if steps >= recipe.train.steps:
         raise RecipeError(

@@ -36,8 +36,9 @@ def micro_step(
     seeds: dict[str, Tensor] = {}
     mixings = {}
     for name, group in batch.groups.items():
-        drawn = draw_mixing(sources[name].mixup, group.seeds, name)
-        mixing = mixings[name] = drawn and Mixing(sent(drawn.share, device))
+        repeats = sources[name].repeats
+        drawn = draw_mixing(sources[name].mixup, group.seeds, name, repeats)
+        mixing = mixings[name] = drawn and Mixing(sent(drawn.share, device), repeats)
         seeds[name] = group.seeds.to(device, non_blocking=True)
         frames = group.pixels.to(device, non_blocking=True)
         pixels[name] = frames if mixing is None else mix_pixels(frames, mixing)

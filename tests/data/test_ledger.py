@@ -68,6 +68,7 @@ class Case:
     lives: list[Life]
     every: int
     steps: int
+    repeats: int = 1
 
 
 @st.composite
@@ -97,9 +98,9 @@ def cases(draw: st.DrawFn) -> Case:
             st.builds(Life, st.sampled_from(ranks), st.integers(0, 12), st.sampled_from(KILLED)), max_size=5
         )
     )
-    every, steps = draw(st.integers(1, 5)), draw(st.integers(1, 15))
+    every, steps, repeats = draw(st.integers(1, 5)), draw(st.integers(1, 15)), draw(st.integers(1, 3))
     lives.append(Life(draw(st.sampled_from(ranks)), steps, "after the checkpoint"))
-    return Case(plan, totals, Quarantine(entries), lives, every, steps)
+    return Case(plan, totals, Quarantine(entries), lives, every, steps, repeats)
 
 
 def used(case: Case, name: str, step: int, epoch: int, index: int) -> int:
@@ -115,7 +116,8 @@ def note_step(case: Case, ledgers: list[Ledger], step: int) -> None:
         share = case.plan.share(step, rank=rank, world=len(ledgers), micro=0, accumulation=1)
         for name, ids in share.items():
             fed = [used(case, name, step, int(e), int(i)) for e, i in zip(ids.epoch, ids.index, strict=True)]
-            ledger.note(step, name, rank * len(fed), ids.epoch, ids.index, fed)
+            rows = (np.repeat(column, case.repeats) for column in (ids.epoch, ids.index, fed))
+            ledger.note(step, name, rank * len(fed) * case.repeats, *rows, case.repeats)
 
 
 def live(case: Case, run: Path, life: Life, start: int, attempt: int) -> int:

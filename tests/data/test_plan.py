@@ -200,3 +200,13 @@ def test_uneven_mixture_says_which_numbers_work() -> None:
 def test_source_without_samples_is_an_error() -> None:
     with pytest.raises(DataError, match="source a: the manifest holds no samples"):
         make_plan([0, 0], 4)
+
+
+def test_repeats_change_the_hash_and_no_sample() -> None:
+    once, often = (
+        Plan([PlanSource("a", 4, np.array([9, 8]), "x", repeats)], seed=1, block=4) for repeats in (1, 3)
+    )
+    assert once.hash != often.hash
+    assert often.counts == {"a": 4}
+    for step in range(9):
+        assert once.of_step("a", step).index.tolist() == often.of_step("a", step).index.tolist()

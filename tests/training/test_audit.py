@@ -46,6 +46,24 @@ def test_a_run_that_was_killed_and_came_back_on_other_ranks_is_exactly_once(
     assert said.stdout.splitlines()[-1] == "every good sample exactly once in every epoch"
 
 
+def test_repeated_samples_count_once(recipe_file: Path, tmp_path: Path) -> None:
+    """8 rows a step are 4 clips; a run that is killed and comes back on other ranks stays exactly once."""
+    run = tmp_path / "run"
+    settings = ("data.sources.motion.repeats=2", "checkpoint.every=2", "train.steps=8")
+    job = start_training(recipe_file, run, 2, *settings)
+    wait_for_step(job, run, 5)
+    job.send(signal.SIGKILL)
+    job.wait()
+    train_to_end(recipe_file, run, 1, *settings)
+    code, found = audit(run)
+    assert (code, found["problems"], found["order"]) == (0, [], "checked")
+    fed = {
+        source: [epoch["fed"] for epoch in found["sources"][source]["epochs"]]
+        for source in ("motion", "digits")
+    }
+    assert fed == {"motion": [24, 8], "digits": [24, 24, 16]}
+
+
 def test_a_ledger_that_lacks_what_a_checkpoint_holds_is_a_problem(run_copy: Path) -> None:
     assert audit(run_copy)[0] == 0
     data = ledger_path(run_copy).read_bytes()

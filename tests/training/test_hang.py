@@ -66,12 +66,12 @@ HANGING = """
 import ctypes, os, time
 from pathlib import Path
 from framework.data import samples
-reading = samples.SampleReader.training_view
-def hanging(self, info, seed, out=None):
+reading = samples.SampleReader.training_views
+def hanging(self, info, seeds, out=None):
     if os.environ["RANK"] == "1" and Path(os.environ["GO"]).exists():
         {how}
-    return reading(self, info, seed, out)
-samples.SampleReader.training_view = hanging
+    return reading(self, info, seeds, out)
+samples.SampleReader.training_views = hanging
 """
 
 

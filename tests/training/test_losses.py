@@ -78,3 +78,16 @@ def test_off_and_odd() -> None:
     assert draw_mixing(0.0, SEEDS[:3], "motion") is None
     with pytest.raises(RecipeError, match=r"source motion: mixup needs an even number .* here there are 3"):
         draw_mixing(0.2, SEEDS[:3], "motion")
+
+
+def test_mixup_takes_the_views_of_another_sample() -> None:
+    seeds = torch.arange(12) * 7919
+    mixing = draw_mixing(0.4, seeds, "motion", repeats=3)
+    assert mixing is not None
+    assert mixing.partner.tolist() == [3, 4, 5, 0, 1, 2, 9, 10, 11, 6, 7, 8]
+    assert torch.equal(mixing.share, mixing.share[mixing.partner])
+    assert len(set(mixing.share.tolist())) == 6
+    parts = [draw_mixing(0.4, part, "motion", repeats=3) for part in seeds.chunk(2)]
+    assert torch.equal(mixing.share, torch.cat([part.share for part in parts if part]))
+    with pytest.raises(RecipeError, match="here there are 1"):
+        draw_mixing(0.4, seeds[:2], "motion", repeats=2)

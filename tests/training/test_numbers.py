@@ -30,10 +30,10 @@ import torch
 from framework.data.samples import SampleReader
 from framework.models.tubevit import TubeViT
 
-view, forward = SampleReader.training_view, TubeViT.forward
+view, forward = SampleReader.training_views, TubeViT.forward
 
-def marked(self, info, seed, out=None):
-    pixels = view(self, info, seed, out)
+def marked(self, info, seeds, out=None):
+    pixels = view(self, info, seeds, out)
     if info.key == {key!r}:
         pixels[:] = 255
     return pixels
@@ -44,7 +44,7 @@ def poisoned(self, pixels, *arguments):
     logits["motion"] = logits["motion"] * torch.where(white, {factor}, 1.0)[:, None]
     return logits
 
-SampleReader.training_view, TubeViT.forward = marked, poisoned
+SampleReader.training_views, TubeViT.forward = marked, poisoned
 """
 
 
