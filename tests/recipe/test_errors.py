@@ -91,9 +91,13 @@ def test_overrides_are_named_as_they_were_typed(good: str) -> None:
 @pytest.mark.parametrize(
     ("override", "complaint"),
     [
-        ("train.steps=3e5", "must be an integer greater than 0, not 300000.0; write 300000"),
-        ("train.steps=true", "must be an integer greater than 0, not true"),
-        ("train.steps=1.5", "must be an integer greater than 0, not 1.5"),
+        (
+            "train.steps=3e5",
+            "must be an integer greater than 0 and at most 1000000000, not 300000.0; write 300000",
+        ),
+        ("train.steps=true", "must be an integer greater than 0 and at most 1000000000, not true"),
+        ("train.steps=1000000000000", "must be at most 1000000000, not 1000000000000"),
+        ("train.steps=1.5", "must be an integer greater than 0 and at most 1000000000, not 1.5"),
         ("train.compile=yes", "must be true or false, not yes"),
         ("train.compile=1", "must be true or false, not 1"),
         ("optimizer.lr=.inf", "must be a number greater than 0, not .inf"),
