@@ -200,11 +200,15 @@ def test_a_changed_shard_of_the_same_name_is_not_taken_from_the_cache(
 ) -> None:
     folder = Path(shutil.copytree(shards, tmp_path / "copy"))
     with flaky.file_server(tmp_path, flaky.Faults()) as url:
-        check_all(Manifest.open(f"{url}/copy", settings), folder)
+        before = Manifest.open(f"{url}/copy", settings)
+        check_all(before, folder)
         shutil.rmtree(folder)
         classes = {"moves": ["left", "right", "up"], "stills": ["a", "b", "c", "d"]}
         helpers.write_shards(folder, media[::-1], classes, per_shard=5)
-        check_all(Manifest.open(f"{url}/copy", settings), folder)
+        after = Manifest.open(f"{url}/copy", settings)
+        check_all(after, folder)
+        assert after.hash != before.hash
+        assert [shard.name for shard in after.shards] == [shard.name for shard in before.shards]
 
 
 def test_a_copy_that_was_damaged_on_this_machine_is_fetched_again(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from rank_processes import Job, command_line, start_training, train_to_end
+from rank_processes import Job, command_line, journalled, start_training, train_to_end
 from torch import nn
 
 from framework.errors import TrainingStopped
@@ -62,6 +62,11 @@ def test_collapse_is_told_with_source_rate_and_paper(guard: CollapseGuard) -> No
 def test_one_point_that_is_not_flat_is_enough(guard: CollapseGuard, alive: dict[str, float]) -> None:
     for step in range(3, 103):
         guard.look(step, alive if step % 5 == 0 else point())
+    assert len(guard.state()["seen"]["motion"]) == 5, "it has looked at all of them"
+    for step in range(103, 105):
+        guard.look(step, point())
+    with pytest.raises(TrainingStopped):  # without that one point
+        guard.look(105, point())
 
 
 def test_a_collapse_in_the_middle_is_found(guard: CollapseGuard) -> None:
@@ -77,12 +82,14 @@ def test_off_is_off(make_recipe: Make) -> None:
     guard = CollapseGuard(make_recipe("guards.collapse=0"))
     for step in range(3, 200):
         guard.look(step, point())
+    assert guard.state() == {"seen": {}}, "no source is looked at"
 
 
 def test_what_is_not_learned_need_not_learn(make_recipe: Make) -> None:
     guard = CollapseGuard(make_recipe("guards.collapse=5", "data.sources.motion.loss_weight=0"))
     for step in range(3, 200):
         guard.look(step, point())
+    assert list(guard.state()["seen"]) == ["digits"], "the source that is learned from is looked at"
 
 
 class Net(nn.Module):
@@ -151,4 +158,6 @@ def test_tubes_that_nothing_reads_are_refused_before_the_start(recipe_file: Path
 
 @pytest.mark.parametrize("settings", [("engine.zero=3",), ("train.activation_checkpointing=true",)])
 def test_a_sound_training_passes(recipe_file: Path, tmp_path: Path, settings: tuple[str, ...]) -> None:
-    train_to_end(recipe_file, tmp_path / "run", 1, "guards.dead=2", "train.steps=4", *settings)
+    run = train_to_end(recipe_file, tmp_path / "run", 1, "guards.dead=2", "train.steps=4", *settings)
+    assert list(journalled(run)) == [1, 2, 3, 4], "it went on after the look at step 2"
+    assert not (run / "postmortem").exists()
