@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import calendar
 import json
 import logging
 import time
@@ -13,6 +14,7 @@ from typing import Any
 
 from framework.errors import SchedulerError, TubeworksError
 from framework.tracking.sender import load_state
+from framework.watch.attempts import attempts_of as trainings_of
 from launch import slurm
 from launch.submission import Attempt, Submission, attempts_of, newest_step, read_submission
 from launch.submit import works_on
@@ -34,8 +36,8 @@ class RunStatus:
     state: str
     """Slurm's word where its controller or its accounting knows the job; else finished, stopped, failed,
     running (on this machine), or unknown."""
-    active: bool
-    """Whether a job works on it or waits to."""
+    active: bool | None
+    """Whether a job works on it or waits to; None on this machine, or where there is no Slurm to ask."""
     reason: str
     """Why it waits or why it ended."""
     nodes: str
@@ -59,6 +61,9 @@ class RunStatus:
     mlflow_run: str | None
     mlflow_status: str | None
     attempts: list[Attempt]
+    """The job's: what Slurm or this machine began, and why it ended."""
+    trainings: list[dict[str, Any]]
+    """The ranks' own, from run.json: one or more for each of the job's, none where they did not begin."""
     accounting: list[slurm.PastJob] | None
     """What sacct has of the job; None where there is no accounting, or no answer."""
 
@@ -81,7 +86,7 @@ def status_of(run: Path) -> RunStatus:
 def _status(run: Path, submission: Submission, accounting: list[slurm.PastJob] | None) -> RunStatus:
     """What is known of a run, with the accounts of any jobs."""
     attempts = attempts_of(run)
-    job = _job(submission.job_id, submission.run)
+    job, asked = _job(submission.job_id, submission.run)
     if accounting is not None:  # a counter that began again gives numbers to other jobs
         mine = (one for one in accounting if one.is_of(str(submission.job_id)))
         accounting = [one for one in mine if works_on(one, submission.run)]
@@ -96,7 +101,7 @@ def _status(run: Path, submission: Submission, accounting: list[slurm.PastJob] |
         name=submission.name,
         job_id=submission.job_id,
         state=known.state if known else _state_without_job(last),
-        active=job is not None and not job.has_ended,
+        active=job is not None and not job.has_ended if asked else None,
         reason=_reason(job, past, last),
         nodes=known.nodes if known else (last.nodes if last else ""),
         restarts=job.restarts if job else (last.restart if last else 0),
@@ -112,6 +117,7 @@ def _status(run: Path, submission: Submission, accounting: list[slurm.PastJob] |
         mlflow_run=mlflow.get("run_id"),
         mlflow_status=mlflow.get("status") if mlflow.get("run_id") else None,
         attempts=attempts,
+        trainings=trainings_of(run),
         accounting=accounting,
     )
 
@@ -179,15 +185,32 @@ def show_status(status: RunStatus) -> str:
         lines.append(f"  done about {_clock(time.time() + left)}{limit}")
     if status.mlflow_run:
         lines.append(f"  MLflow run {status.mlflow_run}: {status.mlflow_status}")
+    return "\n".join([*lines, *_attempt_lines(status)])
+
+
+def _attempt_lines(status: RunStatus) -> list[str]:
+    """The attempts of jobs, and under each what its ranks say of themselves."""
+    by_job: dict[int, list[str]] = {}
+    for training in status.trainings:
+        # whole seconds: an attempt of the job begins before its ranks do
+        started = calendar.timegm(time.strptime(training["started"], "%Y-%m-%dT%H:%M:%SZ")) + 1
+        number = max((one.number for one in status.attempts if one.began <= started), default=-1)
+        to_step = f" to {training['end_step']}" if "end_step" in training else ""
+        accused = f", accused: rank {', '.join(training['accused'])}" if training.get("accused") else ""
+        end = training.get("cause", "no end yet")
+        line = f"    ranks: from step {training['start_step']}{to_step}: {end}{accused}"
+        by_job.setdefault(number, []).append(line)
+    lines = by_job.get(-1, [])  # of a training that was not submitted
     for attempt in status.attempts:
-        end = attempt.cause or "at work"
+        end = attempt.cause or ("nobody saw its end" if status.active is False else "at work")
         to_step = f" to {attempt.to_step}" if attempt.to_step is not None else ""
         note = f" ({attempt.note})" if attempt.note else ""
         lines.append(
-            f"  attempt {attempt.number}: {_clock(attempt.began)} on {attempt.nodes}, from step "
+            f"  attempt {attempt.number}: {_clock(attempt.began)} on {attempt.nodes}, from checkpoint "
             f"{attempt.from_step}{to_step}: {end}{note}"
         )
-    return "\n".join(lines)
+        lines += by_job.get(attempt.number, [])
+    return lines
 
 
 def show_list(found: Sequence[RunStatus]) -> str:
@@ -212,15 +235,17 @@ def show_list(found: Sequence[RunStatus]) -> str:
     )
 
 
-def _job(job_id: str | None, run: str) -> slurm.Job | None:
-    """The job as the controller knows it; None once it is forgotten."""
+def _job(job_id: str | None, run: str) -> tuple[slurm.Job | None, bool]:
+    """The job as the controller knows it, None once it is forgotten; and whether it could be asked."""
     if job_id is None:
-        return None
+        return None, False
     try:
         job = slurm.show_job(job_id)
-    except (slurm.UnknownJob, slurm.SlurmMissing):
-        return None
-    return job if works_on(job, run) else None
+    except slurm.UnknownJob:
+        return None, True
+    except slurm.SlurmMissing:
+        return None, False
+    return (job if works_on(job, run) else None), True
 
 
 def _state_without_job(last: Attempt | None) -> str:
