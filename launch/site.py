@@ -72,7 +72,8 @@ class Container(Section):
 
     image: str
     mounts: list[str] = Field(default_factory=list)
-    """`SOURCE:TARGET[:FLAGS]`; the run folder and the shards must be seen inside under the same paths."""
+    """`SOURCE:TARGET[:FLAGS]`; the shards must be seen inside under the same paths. The folder in which the
+    run folder lies is always mounted: MLflow's default store is there, and the code of a sweep."""
     python: str = "python3"
     """The Python inside, which has everything installed that tubeworks needs."""
 

@@ -249,7 +249,9 @@ def _srun(
         command.append(f"--cpus-per-task={submission.cpus_per_rank}")
     python = sys.executable
     if submission.container:
-        mounts = [f"{run}:{run}", *submission.container.get("mounts", [])]
+        # beside the run folder lie MLflow's default store and the code of a sweep
+        place = run.parent if run.parent != Path(run.anchor) else run
+        mounts = [f"{place}:{place}", *submission.container.get("mounts", [])]
         command += [
             f"--container-image={submission.container['image']}",
             f"--container-mounts={','.join(mounts)}",
