@@ -137,6 +137,8 @@ def digit_side(canvas: int) -> int:
 def synthesize(options: SynthOptions) -> dict[str, ShardReport]:
     """Write the shard sets `out`/train and `out`/val; both are there or none."""
     out = options.out.absolute()
+    if out.exists() and not out.is_dir():
+        raise DataError(f"{out}: is a file; choose another --out")
     occupied = out.exists() and any(out.iterdir())
     if occupied and not options.overwrite:
         raise DataError(f"{out}: exists already; choose another --out, or replace it with --overwrite")

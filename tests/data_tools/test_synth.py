@@ -17,8 +17,9 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.neighbors import KNeighborsClassifier
 
-from data_tools.synth import DIRECTIONS, MotionClip
+from data_tools.synth import DIRECTIONS, MotionClip, SynthOptions, synthesize
 from framework.data.manifest import Manifest
+from framework.errors import DataError
 
 SMALL = ("--train-videos", 64, "--val-videos", 16, "--train-images", 60, "--val-images", 20)
 
@@ -174,3 +175,9 @@ def test_existing_sets_are_replaced_only_when_asked(tubeworks: Callable[..., Any
     assert tubeworks("synth", "--out", out, *small, "--seed", 1, "--overwrite").code == 0
     assert Manifest.open(out / "train").hash != before
     assert sorted(path.name for path in out.iterdir()) == ["train", "val"]
+
+
+def test_a_file_in_place_of_the_folder_is_named(tmp_path: Path) -> None:
+    (tmp_path / "shards").touch()
+    with pytest.raises(DataError, match="shards: is a file; choose another --out"):
+        synthesize(SynthOptions(tmp_path / "shards"))

@@ -51,6 +51,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             return _read_folder(path)
         if not path.is_file():
             raise ModelError(f"{path}: there is no such file or folder")
+        if path.stat().st_size == 0:
+            raise ModelError(f"{path}: the file is empty; was it downloaded completely?")
         if path.suffix == ".safetensors":
             return _read_safetensors(path)
         return _read_npz(path) if path.suffix == ".npz" else _read_torch(path)
@@ -87,6 +89,11 @@ def _read_npz(path: Path) -> dict[str, Tensor]:
 def _read_torch(path: Path) -> dict[str, Tensor]:
     try:
         content: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:  # torch would advise to load it all the same, and to run its code
+        raise ModelError(
+            f"{path}: is no PyTorch file, or holds more than tensors and plain values, which is never "
+            "loaded; ask its authors for .safetensors"
+        ) from error
     except RuntimeError as error:  # torch's own archive reader
         raise ModelError(f"{path}: cannot be read as weights ({_first_line(error)})") from error
     for key in CONTAINERS:

@@ -201,8 +201,12 @@ def test_damaged_and_harmful_files_are_refused(
     with pytest.raises(ModelError, match=name):
         read_weights(path)
     torch.save({"state_dict": {"weight": torch.zeros(2), "harm": Harmful()}}, tmp_path / "harm.pth")
-    with pytest.raises(ModelError, match=r"harm\.pth"):
+    with pytest.raises(ModelError, match=r"harm\.pth: .* never loaded; ask its authors") as caught:
         read_weights(tmp_path / "harm.pth")
+    assert "weights_only" not in str(caught.value), "torch's advice is to run what is in it"
+    (tmp_path / "empty.pth").touch()
+    with pytest.raises(ModelError, match=r"empty\.pth: the file is empty"):
+        read_weights(tmp_path / "empty.pth")
     assert "never be printed" not in capsys.readouterr().out
 
 
