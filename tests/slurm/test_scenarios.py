@@ -63,7 +63,8 @@ def first_step_of(run: SlurmRun, attempt: int) -> float:
     """When an attempt had its first step done, in seconds since the epoch."""
     run.wait_for_step(1, attempt)
     lines = [json.loads(line) for line in (run.folder / "journal.jsonl").read_text().splitlines()[:-1]]
-    return min(line["time"] for line in lines if line.get("attempt", 0) == attempt)
+    steps = (line for line in lines if "train/loss" in line["metrics"])  # not the line of the start
+    return min(line["time"] for line in steps if line.get("attempt", 0) == attempt)
 
 
 def test_two_nodes_with_two_ranks_each(
