@@ -358,7 +358,7 @@ def _open_samples(
         batch.validate()  # that what its columns claim to hold lies inside the file
     except FileNotFoundError:
         raise DataError(f"{path}: missing; {advice}") from None
-    except (OSError, pyarrow.ArrowInvalid) as error:
+    except (OSError, pyarrow.ArrowException) as error:
         raise DataError(f"{path}: cannot be read ({error}); {advice}") from error
     if len(batch) != count:
         raise DataError(f"{path}: {len(batch)} samples instead of {count}; {advice}")
