@@ -15,6 +15,7 @@ from framework.data.windows import Spans, node_rows, simulate_fetches, spans_bet
 from framework.forecast.decode import decode_costs
 from framework.forecast.forecast import ESTIMATED, MEASURED, Surroundings, forecast
 from framework.forecast.hardware import Hardware
+from framework.forecast.mixing import mixing_of, mixing_text
 from framework.recipe.schema import Recipe
 from framework.world import World
 
@@ -44,6 +45,7 @@ def summarize_plan(
         "recipe": recipe.name,
         "plan": plan.hash,
         "steps": recipe.train.steps,
+        "block": recipe.data.block,
         "nodes": nodes,
         "gpus": world.size,
         "sources": {name: _source(recipe, opened, plan) for name, opened in sources.items()},
@@ -71,6 +73,7 @@ def _source(recipe: Recipe, opened: OpenSource, plan: Plan) -> dict[str, Any]:
         "repeats": opened.source.repeats,
         "steps_per_epoch": steps,
         "epochs": recipe.train.steps / steps,
+        "shuffle": mixing_of(recipe, opened, plan),
     }
 
 
@@ -112,6 +115,7 @@ def summary_text(summary: Mapping[str, Any]) -> str:
             f"{one['steps_per_epoch']:,.1f} steps an epoch, "
             f"{one['epochs']:.2f} epochs"
         )
+        lines += mixing_text(name, one["shuffle"], summary["block"])
     for name, cost in summary["decode_ms"].items():
         origin = MEASURED if name in summary["decode_measured"] else ESTIMATED
         lines.append(f"  decode {name}: {cost:g} ms of a core for a sample, {origin}")

@@ -116,3 +116,6 @@ def test_the_summary_of_a_plan(recipe: Path, tubeworks: Command) -> None:
     text = tubeworks("plan", recipe, "--summary", "--gpus-per-node", 2, "--measure", 0).stdout
     assert "2 a step, 3.0 steps an epoch, 10.00 epochs" in text
     assert "at 40% of its rate (assumed)" in text
+    for source in ("digits", "motion"):
+        assert 0 < content["sources"][source]["shuffle"]["score"] <= 1
+        assert f"  shuffle {source}: " in text
