@@ -85,8 +85,17 @@ def measure(folder: Path, steps: int) -> dict[str, Any]:
     """The figures of each phase, and how many points the journal and MLflow have."""
     from data_tools.synth import SynthOptions, synthesize
 
-    counts = {"train_videos": 2, "val_videos": 2, "train_images": 64, "val_images": 10}
-    synthesize(SynthOptions(folder / "shards", size=16, frames=4, **counts))
+    synthesize(
+        SynthOptions(
+            folder / "shards",
+            size=16,
+            frames=4,
+            train_videos=2,
+            val_videos=2,
+            train_images=64,
+            val_images=10,
+        )
+    )
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = int(probe.getsockname()[1])

@@ -66,7 +66,7 @@ def train_command(recipe: str, overrides: Sequence[str], ranks: int | None, run:
         if wanted > 1:
             # The ranks check this too, but each of them costs memory and seconds to start.
             suited = fitted(resolved.recipe, run, wanted)
-            check_shares(suited.data.mixture, wanted, suited.train.accumulation)
+            check_shares(suited.data.mixture, wanted, suited.train.accumulation, suited.data.repeats)
             check_place(run)
             return run_ranks(["train", recipe, *overrides, "--run", str(run)], wanted, run / "logs")
         world = World()

@@ -298,16 +298,19 @@ def refuse_if_active(folder: Path) -> None:
 
 
 def check_recipe(recipe: Recipe, submission: Submission) -> None:
-    """What would otherwise fail after hours in the queue: batch and ranks, runs and shards that are missing.
+    """What would otherwise fail after hours in the queue: tubes, batch and ranks, runs and shards.
 
     Errors:
-        RecipeError: the ranks cannot share the batch, or there is no such run as `init` names.
+        RecipeError: nothing is there for a tube to read, the ranks cannot share the batch, or there is no such
+            run as `init` names.
         DataError: shards that cannot be opened.
     """
     from framework.data.manifest import Manifest
     from framework.data.plan import check_shares
+    from framework.recipe.tube_sets import check_tubes_are_read
 
-    check_shares(recipe.data.mixture, submission.ranks, recipe.train.accumulation)
+    check_tubes_are_read(recipe)
+    check_shares(recipe.data.mixture, submission.ranks, recipe.train.accumulation, recipe.data.repeats)
     if recipe.init is not None and not newest_step(Path(submission.run)):
         image = recipe.init.image.run if recipe.init.image else None
         for folder in filter(None, (recipe.init.weights, recipe.init.tubes, recipe.init.encoder, image)):
@@ -321,15 +324,17 @@ def check_recipe(recipe: Recipe, submission: Submission) -> None:
 
 
 def check_folder(folder: Path, recipe: Recipe) -> None:
-    """Make sure that a run that lies in the folder is of the same experiment.
+    """Make sure that nothing else lies in the folder, and a run there is of the same experiment.
 
     Errors:
-        RecipeError: it is not; what differs is listed.
+        RecipeError: it is not; the files, or what differs, are listed.
     """
+    from framework.training.run_folder import check_continuation
+    from framework.training.run_place import check_place
+
+    check_place(folder)
     if not (folder / "recipe.yaml").exists():
         return
-    from framework.training.run_folder import check_continuation
-
     check_continuation(folder, recipe, None)
 
 

@@ -38,7 +38,7 @@ def forecast_command(
     """
     recipe = load_recipe(recipe_name, overrides).recipe
     chip, said = find_hardware(hardware), parse_decode_ms(list(decode_ms), recipe)
-    check_shares(recipe.data.mixture, nodes * gpus_per_node, recipe.train.accumulation)
+    check_shares(recipe.data.mixture, nodes * gpus_per_node, recipe.train.accumulation, recipe.data.repeats)
     measured = local_decode_costs(recipe)
     around = Surroundings(nodes, gpus_per_node, measured | said, frozenset(measured.keys() - said.keys()))
     found = forecast(recipe, chip, around)
