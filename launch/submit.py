@@ -69,10 +69,10 @@ def prepare_run(
             "there is no Slurm on this machine: submit from a login node, or use `--local` to train here"
         )
     refuse_if_active(folder)
+    check_folder(folder, resolved)
     with explain_os_error(folder):
         launch_folder(folder).mkdir(parents=True, exist_ok=True)
         (folder / "logs").mkdir(exist_ok=True)
-    check_folder(folder, resolved)
     git = take_snapshot(folder / "code")
     write_text(launch_folder(folder) / "recipe.yaml", dump_yaml(resolved))
     if not (folder / "recipe.yaml").exists():
