@@ -301,8 +301,8 @@ def check_recipe(recipe: Recipe, submission: Submission) -> None:
     """What would otherwise fail after hours in the queue: tubes, batch and ranks, runs and shards.
 
     Errors:
-        RecipeError: nothing is there for a tube to read, the ranks cannot share the batch, or there is no such
-            run as `init` names.
+        RecipeError: a tube has nothing to read, the ranks cannot share the batch, or there is no such run as
+            `init` names.
         DataError: shards that cannot be opened.
     """
     from framework.data.manifest import Manifest
