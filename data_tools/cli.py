@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, List, Optional  # noqa: UP035 - evaluated by typer on 3.10
+from typing import Annotated, Any, List, Optional  # noqa: UP035 - evaluated by typer on 3.10
 
 import typer
 
 from data_tools import cli_check, cli_run, cli_shard
-from data_tools.cli_options import AsJson, Seed, Workers, print_json
+from data_tools.cli_options import AsJson, Seed, Workers, grouped, print_json, refuse_given
 
 __all__ = ["app"]
 
@@ -33,15 +34,23 @@ def _start() -> None:
     logging.getLogger("data_tools").setLevel(logging.INFO)
 
 
+@dataclass(frozen=True)
+class Digits:
+    """How many moving digits, and how large."""
+
+    size: Annotated[int, typer.Option(help="Side of the canvas in pixels.")] = 32
+    frames: Annotated[int, typer.Option(help="Frames of a clip.")] = 16
+    train_videos: Annotated[int, typer.Option(min=0)] = 4096
+    val_videos: Annotated[int, typer.Option(min=0)] = 512
+    train_images: Annotated[int, typer.Option(min=0)] = 4096
+    val_images: Annotated[int, typer.Option(min=0)] = 512
+
+
 @app.command()
+@grouped
 def synth(
     out: Annotated[Path, typer.Option("--out", help="Folder for the shard sets train and val.")],
-    size: Annotated[int, typer.Option(help="Side of the canvas in pixels.")] = 32,
-    frames: Annotated[int, typer.Option(help="Frames of a clip.")] = 16,
-    train_videos: Annotated[int, typer.Option(min=0)] = 4096,
-    val_videos: Annotated[int, typer.Option(min=0)] = 512,
-    train_images: Annotated[int, typer.Option(min=0)] = 4096,
-    val_images: Annotated[int, typer.Option(min=0)] = 512,
+    digits: Digits,
     seed: Seed = 0,
     workers: Workers = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace shards that are there.")] = False,
@@ -53,9 +62,8 @@ def synth(
     from data_tools.synth import SynthOptions, synthesize
 
     options = SynthOptions(
-        out, size, frames, train_videos, val_videos, train_images, val_images, seed,
-        workers or available_cores(), overwrite,
-    )  # fmt: skip
+        out, **asdict(digits), seed=seed, workers=workers or available_cores(), overwrite=overwrite
+    )
     reports = synthesize(options)
     if as_json:
         print_json({split: json.loads(report.to_json()) for split, report in reports.items()})
@@ -85,24 +93,24 @@ def inspect_command(
         Optional[Path],  # noqa: UP045
         typer.Option("--out", help="With --step: a .png or .html file, by default step-N.png."),
     ] = None,
-    world: Annotated[int, typer.Option("--world", min=1, help="With --step: number of ranks.")] = 1,
-    rank: Annotated[int, typer.Option("--rank", min=0, help="With --step: which rank's share.")] = 0,
+    world: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option("--world", min=1, help="With --step: number of ranks, by default 1."),
+    ] = None,
+    rank: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option("--rank", min=0, help="With --step: which rank's share, by default 0."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Show what is in a folder of shards (counts, classes, sizes, durations, rates), or what a step sees."""
     if step is not None:
-        from data_tools.stepping import write_step
-        from framework.recipe import load_recipe
-
-        target = out or page or Path(f"step-{step}.png")
-        resolved = load_recipe(what, overrides or []).recipe
-        count = write_step(resolved, step, target, world=world, rank=rank)
-        content = {"file": str(target), "step": step, "world": world, "rank": rank, "samples": count}
-        if as_json:
-            print_json(content)
-        else:
-            typer.echo(f"{target}: {count} samples of step {step}, rank {rank} of {world}")
+        if page is not None:
+            refuse_given({"--out": out}, "--html names the file of --step already; leave one of them out")
+        _show_step(what, overrides or [], step, out or page, (world or 1, rank or 0), as_json)
         return
+    ignored = {"--out": out, "--world": world, "--rank": rank, "KEY=VALUE": overrides}
+    refuse_given(ignored, "needs --step, which makes the pictures of a recipe's step")
     from data_tools.inspecting import inspect_shards, inspection_text
 
     summary = inspect_shards(what)
@@ -118,36 +126,90 @@ def inspect_command(
             typer.echo(f"\n{page}: contact sheets and histograms")
 
 
+def _show_step(
+    recipe: str, overrides: list[str], step: int, file: Path | None, share: tuple[int, int], as_json: bool
+) -> None:
+    from data_tools.stepping import write_step
+    from framework.recipe import load_recipe
+
+    target, (world, rank) = file or Path(f"step-{step}.png"), share
+    resolved = load_recipe(recipe, overrides).recipe
+    count = write_step(resolved, step, target, world=world, rank=rank)
+    if as_json:
+        print_json({"file": str(target), "step": step, "world": world, "rank": rank, "samples": count})
+    else:
+        typer.echo(f"{target}: {count} samples of step {step}, rank {rank} of {world}")
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which samples are listed."""
+
+    step: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option("--step", min=0, max=10**12, help="Global step, by default 0."),
+    ] = None
+    world: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option("--world", min=1, help="Number of ranks, by default 1."),
+    ] = None
+    rank: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option("--rank", min=0, help="Which rank's share, by default 0."),
+    ] = None
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """What a summary is made for."""
+
+    nodes: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=1, help="With --summary, by default 1."),
+    ] = None
+    gpus_per_node: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=1, help="With --summary, by default 8."),
+    ] = None
+    hardware: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="GPU|FILE", help="With --summary: as for `tubeworks describe`; else h100."),
+    ] = None
+    measure: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=0, help="With --summary: samples of each source to decode, 8; 0: estimate."),
+    ] = None
+
+
+def _flags(group: Share | Cluster) -> dict[str, Any]:
+    return {f"--{name.replace('_', '-')}": value for name, value in asdict(group).items()}
+
+
 @app.command()
+@grouped
 def plan(
     recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="Path or name of a recipe.")],
+    share: Share,
+    cluster: Cluster,
     overrides: Annotated[
         Optional[List[str]],  # noqa: UP006, UP045
         typer.Argument(metavar="KEY=VALUE", help="Values that replace the recipe's."),
     ] = None,
-    step: Annotated[int, typer.Option("--step", min=0, max=10**12, help="Global step.")] = 0,
-    world: Annotated[int, typer.Option("--world", min=1, help="Number of ranks.")] = 1,
-    rank: Annotated[int, typer.Option("--rank", min=0, help="Which rank's share.")] = 0,
     summary: Annotated[
         bool, typer.Option("--summary", help="Epochs, cores, cache, traffic and GPU-hours instead.")
     ] = False,
-    nodes: Annotated[int, typer.Option(min=1, help="With --summary.")] = 1,
-    gpus_per_node: Annotated[int, typer.Option(min=1, help="With --summary.")] = 8,
-    hardware: Annotated[
-        str, typer.Option(metavar="GPU|FILE", help="With --summary: as for `tubeworks describe`.")
-    ] = "h100",
-    measure: Annotated[
-        int, typer.Option(min=0, help="With --summary: samples of each source to decode; 0: estimate.")
-    ] = 8,
     as_json: AsJson = False,
 ) -> None:
     """List the samples that one rank gets in one step of a recipe, or sum up what the run's data ask for."""
     if summary:
-        _summarize(recipe, overrides or [], hardware, (nodes, gpus_per_node), measure, as_json)
+        refuse_given(_flags(share), "does not go with --summary, which sums up all steps and ranks")
+        _summarize(recipe, overrides or [], cluster, as_json)
         return
+    refuse_given(_flags(cluster), "needs --summary")
     from framework.data.listing import listing
     from framework.recipe import load_recipe
 
+    step, world, rank = share.step or 0, share.world or 1, share.rank or 0
     samples = listing(load_recipe(recipe, overrides or []).recipe, step, world, rank)
     if as_json:
         print_json(samples)
@@ -155,30 +217,23 @@ def plan(
     typer.echo(f"step {step}, rank {rank} of {world}, plan {samples['plan']}")
     for micro, sources in enumerate(samples["micro_batches"]):
         for name, rows in sources.items():
-            typer.echo(f"micro-batch {micro}, {name}:")
+            views = samples["repeats"][name]
+            typer.echo(f"micro-batch {micro}, {name}{f', {views} views of each' if views > 1 else ''}:")
             for row in rows:
                 typer.echo(f"  epoch {row['epoch']}  {row['key']}")
 
 
-def _summarize(
-    recipe: str,
-    overrides: list[str],
-    hardware: str,
-    around: tuple[int, int],
-    measured: int,
-    as_json: bool,
-) -> None:
+def _summarize(recipe: str, overrides: list[str], cluster: Cluster, as_json: bool) -> None:
     from framework.forecast.data import summarize_plan, summary_text
     from framework.forecast.hardware import find_hardware
     from framework.recipe import load_recipe
 
-    nodes, gpus = around
     content = summarize_plan(
         load_recipe(recipe, overrides).recipe,
-        find_hardware(hardware),
-        nodes=nodes,
-        gpus_per_node=gpus,
-        measured=measured,
+        find_hardware(cluster.hardware or "h100"),
+        nodes=cluster.nodes or 1,
+        gpus_per_node=cluster.gpus_per_node or 8,
+        measured=8 if cluster.measure is None else cluster.measure,
     )
     if as_json:
         print_json(content)

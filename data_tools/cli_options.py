@@ -9,12 +9,12 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Optional, get_type_hints
 
 import typer
 
-__all__ = ["AsJson", "Folder", "Seed", "Workers", "grouped", "print_json"]
+__all__ = ["AsJson", "Folder", "Seed", "Workers", "grouped", "print_json", "refuse_given"]
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 Folder = Annotated[str, typer.Argument(metavar="DIR|URL", help="Folder of shards: a path or an address.")]
@@ -55,6 +55,12 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
     call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     return call
+
+
+def refuse_given(options: Mapping[str, Any], why: str) -> None:
+    """Raise typer.BadParameter for options that were given (are not None, nor empty) and would be ignored."""
+    if given := [name for name, value in options.items() if value not in (None, [])]:
+        raise typer.BadParameter(f"{', '.join(given)}: {why}")
 
 
 def print_json(content: Any) -> None:

@@ -104,6 +104,26 @@ def test_the_pictures_of_a_step_are_those_of_training(
     assert part.json["samples"] == 3
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("inspect", "SHARDS", "--world", 2, "--out", "x.png"), "--out, --world: needs --step"),
+        (("inspect", "SHARDS", "data.workers=1"), "KEY=VALUE: needs --step"),
+        (("inspect", "RECIPE", "--step", 0, "--out", "x.png", "--html", "x.html"), "--out: --html names"),
+        (("plan", "RECIPE", "--nodes", 2), "--nodes: needs --summary"),
+        (("plan", "RECIPE", "--measure", 0), "--measure: needs --summary"),
+        (("plan", "RECIPE", "--summary", "--rank", 0), "--rank: does not go with --summary"),
+    ],
+)
+def test_options_that_would_be_ignored_are_errors(
+    recipe: Path, shards: Path, tubeworks: Command, arguments: tuple[Any, ...], words: str
+) -> None:
+    places = {"SHARDS": shards, "RECIPE": recipe}
+    done = tubeworks(*(places.get(one, one) for one in arguments))
+    assert done.code == 2
+    assert words in " ".join(re.sub("[^ -~]", " ", done.stderr).split())
+
+
 def test_the_summary_of_a_plan(recipe: Path, tubeworks: Command) -> None:
     content = tubeworks("plan", recipe, "--summary", "--gpus-per-node", 2, "--measure", 2, "--json").json
     assert content["sources"]["digits"]["steps_per_epoch"] == 2.0
