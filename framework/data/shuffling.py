@@ -33,6 +33,7 @@ def shuffle_score(
     """
     count = plan.counts[name]
     if labels is None:
+        classes = min(classes, total)  # each occurs
         labels = np.arange(total) * classes // total
     shares = np.bincount(labels, minlength=classes) / total
     steps = max(1, total // count)
