@@ -115,6 +115,14 @@ class ShardCache:
         """Forget a shard whose bytes were damaged here."""
         (self.folder / entry.key).unlink(missing_ok=True)
 
+    def remove_unused(self, seconds: float) -> None:
+        """Remove what was not written or touched for so long, unless a process has it locked."""
+        self._make_folder()
+        with self._folder_lock():
+            for name, status in self._files():
+                if time.time() - status.st_mtime > seconds:
+                    self._remove_unlocked(name)
+
     def used(self) -> int:
         """Bytes of all shards here, fetched or being fetched."""
         return sum(status.st_size for _, status in self._files())

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +20,8 @@ __all__ = ["RemoteFolder"]
 
 log = logging.getLogger(__name__)
 
+TABLE_DAYS = 30
+"""So long a table of samples stays in the cache after it was last opened."""
 _PATIENCE_AT_START = 30.0  # a wrong address should not take ten minutes to be told
 
 
@@ -44,8 +48,17 @@ class RemoteFolder:
         return self.store.read(name, self._at_start)
 
     def table(self, name: str, size: int, blake2b: str) -> Path:
-        """A local copy of a table that stays for ever, outside of the cache's limit. Errors: DataError."""
-        path = self._fetched(self._tables, self._entry(name, size, blake2b), name, -math.inf, True)
+        """A local copy of a table, outside of the cache's limit. Errors: DataError.
+
+        Tables that nobody has opened for `TABLE_DAYS` make way here; a process that still has such a one
+        mapped keeps its bytes.
+        """
+        entry = self._entry(name, size, blake2b)
+        if self._tables.holds(entry):
+            with contextlib.suppress(FileNotFoundError):  # removed since: then it is fetched below
+                os.utime(self._tables.folder / entry.key)
+        self._tables.remove_unused(TABLE_DAYS * 86_400)
+        path = self._fetched(self._tables, entry, name, -math.inf, True)
         assert path is not None
         return path
 

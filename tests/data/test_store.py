@@ -13,7 +13,7 @@ import pytest
 
 from framework.data import store as store_module
 from framework.data.manifest import MANIFEST_NAME, Manifest
-from framework.data.remote import RemoteFolder
+from framework.data.remote import TABLE_DAYS, RemoteFolder
 from framework.data.shards import ShardReader
 from framework.data.store import Patience, RemoteStore, reason_of
 from framework.data.urls import parse_location, redacted
@@ -80,6 +80,30 @@ def test_shards_over_http_that_fails(ranges: bool, shards: Path, settings: Cache
     with flaky.file_server(shards.parent, faults) as url:
         check_all(Manifest.open(f"{url}/{shards.name}/", settings), shards)
     assert min(faults.seen[fate] for fate in ("fail", "stall", "cut")) > 0
+
+
+def test_tables_that_nobody_opens_leave_the_cache(
+    shards: Path, settings: Cache, flaky: Any, tmp_path: Path
+) -> None:
+    tables = Path(settings.folder or "") / "tables"
+
+    def age(path: Path, days: float) -> None:
+        os.utime(path, (path.stat().st_atime, path.stat().st_mtime - days * 86_400))
+
+    names = ("one", "two")
+    for name in names:
+        shutil.copytree(shards, tmp_path / name)
+    with flaky.file_server(tmp_path, flaky.Faults()) as url:
+        opened = [Manifest.open(f"{url}/{name}", settings) for name in names]
+        for manifest in opened:
+            age(manifest.table, TABLE_DAYS + 1)
+        Manifest.open(f"{url}/one", settings)
+        assert [manifest.table.exists() for manifest in opened] == [True, False]
+        assert opened[1].sample(0) is not None, "what is mapped stays readable"
+        age(opened[0].table, TABLE_DAYS - 1)
+        assert Manifest.open(f"{url}/two", settings).table.exists()
+        assert opened[0].table.exists()
+    assert {path for path in tables.iterdir() if path.name != ".lock"} == {one.table for one in opened}
 
 
 def test_a_manifest_that_was_changed_in_the_store(
