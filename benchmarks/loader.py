@@ -50,6 +50,7 @@ CLIP = Clip(frames=32, stride=2)
 AUGMENT = Augment()
 PRESETS = ("archive", "balanced", "fast")
 PLANNED = 4096
+REPEATS = (1, 2, 4)
 Clips = Iterator[np.ndarray]
 
 
@@ -87,23 +88,29 @@ def make_shards(folder: Path, films: Sequence[bytes], presets: Sequence[str]) ->
         subprocess.run([*command, "--out", str(folder / preset)], check=True, stdout=subprocess.DEVNULL)
 
 
-def recipe_of(folder: Path, workers: int = 0, clips: int = 1_000_000) -> Recipe:
-    """One clip a step from the shards of a folder."""
-    source = {"path": str(folder), "kind": "video", "classes": 1, "clip": CLIP.model_dump()}
+def recipe_of(folder: Path, repeats: int = 1, clips: int = 1_000_000) -> Recipe:
+    """One video a step from the shards of a folder, with so many views of it."""
+    source = {
+        "path": str(folder),
+        "kind": "video",
+        "classes": 1,
+        "clip": CLIP.model_dump(),
+        "repeats": repeats,
+    }
     return Recipe.model_validate(
         {
             "name": "benchmark",
             "model": {"name": "tubevit_ti"},
-            "data": {"sources": {"clips": source}, "mixture": {"clips": 1}, "workers": workers},
+            "data": {"sources": {"clips": source}, "mixture": {"clips": repeats}, "workers": 0},
             "optimizer": {"lr": 0.001},
             "train": {"steps": clips},
         }
     )
 
 
-def product(folder: Path, workers: int = 0, clips: int = 1_000_000) -> Clips:
+def product(folder: Path, repeats: int = 1, clips: int = 1_000_000) -> Clips:
     """This loader: plan, checksum, decode, crop, flip, batch."""
-    recipe = recipe_of(folder, workers, clips)
+    recipe = recipe_of(folder, repeats, clips)
     sources = open_sources(recipe)
     plan = build_plan(recipe, sources)
     batches = training_batches(recipe, sources, plan, World(), start_step=0, stop_step=clips)
@@ -256,6 +263,18 @@ def compare(folder: Path, clips: int, rounds: int) -> dict[str, Any]:
     }
 
 
+def repeated(folder: Path, clips: int, rounds: int) -> dict[str, dict[str, float]]:
+    """Processor milliseconds of a view, by how many views of a video are made at once."""
+    running = {repeats: product(folder, repeats) for repeats in REPEATS}
+    times: dict[int, list[float]] = {repeats: [] for repeats in REPEATS}
+    for videos in running.values():
+        processor_time(videos, 2)
+    for _ in range(rounds):
+        for repeats, videos in running.items():
+            times[repeats].append(processor_time(videos, clips) / repeats * 1e3)
+    return {str(repeats): spread(found) for repeats, found in times.items()}
+
+
 def others() -> dict[str, str]:
     """Whether the other loaders that people use can be imported here, and if not, why."""
     found = {}
@@ -295,6 +314,7 @@ def main() -> None:
             },
             "clip": "32 frames, stride 2, of 10 s at 1280x720 and 30 frames/s; random crop to 224x224",
             **compare(folder / "large", arguments.clips, arguments.rounds),
+            "ms_of_a_view_by_repeats": repeated(folder / "large" / "fast", arguments.clips, arguments.rounds),
             "others": others(),
         }
         print(json.dumps(result, indent=1), flush=True)

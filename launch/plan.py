@@ -216,7 +216,7 @@ def _epochs(recipe: Recipe, steps: int) -> dict[str, float]:
     from framework.data.sources import open_sources
 
     opened = open_sources(recipe)
-    return {name: steps * recipe.data.mixture[name] / len(source) for name, source in opened.items()}
+    return {name: steps * recipe.data.samples[name] / len(source) for name, source in opened.items()}
 
 
 def _kept(recipe: Recipe) -> int:
