@@ -211,8 +211,12 @@ def _put(cut: Pixels, indices: Sequence[int], view: _View, rows: Pixels) -> None
     places = {index: place for place, index in enumerate(indices)}
     for row, index in zip(rows, view.frames, strict=True):
         if (place := places.get(index)) is not None:
-            # torch mirrors ten times as fast as a copy of numpy's mirrored array
-            row[...] = torch.from_numpy(cut[place]).flip(1).numpy() if view.mirrored else cut[place]
+            row[...] = _mirrored(cut[place]) if view.mirrored else cut[place]
+
+
+def _mirrored(frame: Pixels) -> Pixels:
+    """Left for right; torch makes the copy ten times as fast as numpy, but takes writable memory only."""
+    return torch.from_numpy(frame).flip(1).numpy() if frame.flags.writeable else frame[:, ::-1]
 
 
 def _bounding_box(boxes: Sequence[Box]) -> Box:

@@ -84,15 +84,15 @@ def import_muon() -> None:
     DeepSpeed asks in every step whether the optimizer is its Muon, which it is not; the first time, Muon's
     decorators would import torch's whole compiler, which costs every rank more than a second.
     """
-    from deepspeed.runtime import compiler
+    with contextlib.suppress(ImportError, AttributeError):  # of another version of DeepSpeed
+        from deepspeed.runtime import compiler
 
-    given = compiler.compile
-    compiler.compile = lambda: lambda function: function
-    try:
-        with contextlib.suppress(ImportError):  # of another version of DeepSpeed
+        given = compiler.compile
+        compiler.compile = lambda: lambda function: function
+        try:
             import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
-    finally:
-        compiler.compile = given
+        finally:
+            compiler.compile = given
 
 
 def start_engine(model: nn.Module, recipe: Recipe, world: World) -> Any:

@@ -101,5 +101,8 @@ class Zero1(BF16_Optimizer):
 
 def take_over(optimizer: Any) -> None:
     """Make a DeepSpeed optimizer step as `Zero1`, if it is of the class that this is made for."""
-    if type(optimizer) is BF16_Optimizer and isinstance(optimizer.optimizer, torch.optim.Adam):
+    if type(optimizer) is not BF16_Optimizer:
+        return
+    inner = optimizer.optimizer
+    if isinstance(inner, torch.optim.Adam) and inner.defaults["fused"]:
         optimizer.__class__ = Zero1
