@@ -106,6 +106,15 @@ class SlurmRun:
 
         self.wait(reached, f"step {step} of attempt {attempt} was not reached")
 
+    def first_step_at(self, attempt: int) -> float:
+        """Wait until an attempt (or a later one) has made a step; when it was, in seconds since the epoch."""
+        self.wait_for_step(1, attempt)
+        return min(
+            entry["time"]
+            for entry in _entries(self.folder / "journal.jsonl")
+            if entry.get("attempt", 0) >= attempt and "train/loss" in entry["metrics"]
+        )
+
     def wait_for_state(self, *states: str) -> slurm.Job:
         """Wait until the job is in one of these states."""
         self.wait(lambda: self.job.state in states, f"the job is not {' or '.join(states)}")

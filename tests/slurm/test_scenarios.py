@@ -59,14 +59,6 @@ def attempt_began(run: SlurmRun, number: int) -> float:
     return attempts_of(run.folder)[number].began
 
 
-def first_step_of(run: SlurmRun, attempt: int) -> float:
-    """When an attempt had its first step done, in seconds since the epoch."""
-    run.wait_for_step(1, attempt)
-    lines = [json.loads(line) for line in (run.folder / "journal.jsonl").read_text().splitlines()[:-1]]
-    steps = (line for line in lines if "train/loss" in line["metrics"])  # not the line of the start
-    return min(line["time"] for line in steps if line.get("attempt", 0) == attempt)
-
-
 def test_two_nodes_with_two_ranks_each(
     cluster: Cluster, recipe_file: Path, runs: Path, results: Results, whole: Steps
 ) -> None:
@@ -128,7 +120,7 @@ def test_preempted(
         assert mlflow_status(run.folder) in ("RUNNING", "SCHEDULED")
         run.wait(lambda: slurm.show_job(other).state == "COMPLETED", "the other job does not end")
         free = slurm.show_job(other).ends
-        again = first_step_of(run, 1)
+        again = run.first_step_at(1)
         assert run.wait_for_state("COMPLETED", "FAILED").state == "COMPLETED", run.told()
     finally:
         if not user_signal:
@@ -182,7 +174,7 @@ def test_the_time_limit(
     run.wait_for_attempts(1)
     run.wait_for_state("PENDING")
     run.cluster.run("scontrol", "update", f"JobId={run.job_id}", "TimeLimit=10")
-    again = first_step_of(run, 1)
+    again = run.first_step_at(1)
     end_soon(run)
     run.wait_for_attempts(2)
     ended = run.wait_for_state("FAILED", "COMPLETED", "TIMEOUT")
@@ -217,7 +209,7 @@ def test_nodes_are_lost(
     lost = time.time()
     cluster.lose_node("c2")
     try:
-        again = first_step_of(run, 1)
+        again = run.first_step_at(1)
         assert slurm.expand_nodes(run.job.nodes) == ["c1", "c3"]
         for state in ("DOWN", "DRAIN"):  # down alone it would come back with its next sign of life
             cluster.run("scontrol", "update", "NodeName=c3", f"State={state}", "Reason=test")
@@ -280,7 +272,7 @@ def test_a_killed_rank_and_no_scontrol_for_the_ranks(
     run.kill_rank(nodes[1])
     run.wait(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), "ranks do not leave")
     gone = seconds_since(killed)
-    again = first_step_of(run, 2)
+    again = run.first_step_at(2)
     assert run.wait_for_state("COMPLETED", "FAILED").state == "COMPLETED", run.told()
     assert run.causes == ["signal", "crashed", "finished"]
     assert attempts_of(run.folder)[1].exit_code == 137
