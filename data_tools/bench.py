@@ -33,6 +33,10 @@ from framework.recipe.schema import Clip, Recipe, Source
 __all__ = ["BenchOptions", "bench_shards", "bench_text"]
 
 
+_CLIP = Clip(frames=32, stride=2)
+"""How videos are measured where no recipe says it."""
+
+
 @dataclass(frozen=True)
 class BenchOptions:
     """What is measured; without a recipe clips are 32 frames, every second one, of 224 pixels.
@@ -84,6 +88,9 @@ def bench_shards(options: BenchOptions) -> dict[str, Any]:
     for row in rows:
         rate = rates.get(row.dataset, rates.get(""))
         row.cores_per_gpu = None if rate is None else round(rate * row.cpu_ms / 1000, 2)
+    if options.recipe is None:
+        clips = f"clips of {_CLIP.frames} frames with stride {_CLIP.stride}"
+        assumption += f"\nmeasured as crops of 224 pixels, videos as {clips}; a RECIPE says its own"
     return {"assumption": assumption, "rows": [_plain(row) for row in rows]}
 
 
@@ -119,7 +126,7 @@ def _rates(options: BenchOptions) -> tuple[dict[str, float], str]:
 def _source(recipe: Recipe | None, dataset: DatasetInfo, folder: str | Path) -> Source:
     """How the samples of a data set become tensors."""
     if recipe is None:
-        clip = Clip(frames=32, stride=2) if dataset.kind == "video" else None
+        clip = _CLIP if dataset.kind == "video" else None
         known = {"path": str(folder), "kind": dataset.kind, "classes": max(1, len(dataset.classes))}
         return Source.model_validate({**known, "clip": clip})
     of_kind = {name: s for name, s in recipe.data.sources.items() if s.kind == dataset.kind}

@@ -23,6 +23,7 @@ from framework.files import replace_text
 __all__ = ["data_address", "grid_of", "strip_of", "write_page"]
 
 _SIDE = 112  # pixels of a picture
+_SHEET = 1320  # pixels that a sheet of pictures is wide at most, where one strip is not wider
 _FRAMES = 4  # of a video, side by side
 _SHEET = 48  # samples on a contact sheet
 _CLASSES = 40  # bars of the classes
@@ -172,14 +173,16 @@ def strip_of(frames: numpy.ndarray, side: int = _SIDE) -> Image.Image:
 
 
 def grid_of(strips: Sequence[tuple[str, Image.Image]]) -> Image.Image:
-    """Strips below one another, each under its title."""
-    width = max([strip.width for _, strip in strips] + [320])
-    sheet = Image.new("RGB", (width, sum(strip.height + 16 for _, strip in strips)), "white")
-    top, draw = 0, ImageDraw.Draw(sheet)
-    for title, strip in strips:
-        draw.text((2, top + 2), title, fill="black")
-        sheet.paste(strip, (0, top + 16))
-        top += strip.height + 16
+    """Strips under their titles, as many side by side as fit into `_SHEET` pixels."""
+    width = max([strip.width for _, strip in strips] + [320]) + 8
+    height = max([strip.height for _, strip in strips] + [0]) + 16
+    columns = max(1, min(len(strips), _SHEET // width))
+    sheet = Image.new("RGB", (columns * width, -(-len(strips) // columns) * height), "white")
+    draw = ImageDraw.Draw(sheet)
+    for number, (title, strip) in enumerate(strips):
+        left, top = number % columns * width, number // columns * height
+        draw.text((left + 2, top + 2), title, fill="black")
+        sheet.paste(strip, (left, top + 16))
     return sheet
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy
 
 from data_tools.page import data_address, grid_of, strip_of
+from framework.data.labels import chosen_classes, label_text
 from framework.data.loader import training_batches
 from framework.data.sources import build_plan, open_sources
 from framework.errors import RecipeError
@@ -45,9 +46,11 @@ def write_step(recipe: Recipe, step: int, target: Path, *, world: int, rank: int
             for name, group in batch.groups.items():
                 pixels = group.pixels.permute(0, 2, 3, 4, 1).numpy()  # (batch, frames, height, width, 3)
                 keys = sources[name].keys(group.index.numpy())
-                for key, frames in zip(keys, pixels, strict=True):
+                targets, dataset = sources[name].source.targets, sources[name].dataset
+                for key, label, frames in zip(keys, group.labels, pixels, strict=True):
                     places = numpy.linspace(0, len(frames) - 1, min(_FRAMES, len(frames))).round()
-                    strips.append((f"{name}: {key}", strip_of(frames[places.astype(int)])))
+                    words = label_text(dataset, chosen_classes(targets, label))
+                    strips.append((f"{key}: {words}", strip_of(frames[places.astype(int)])))
     finally:
         batches.close()
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -217,6 +217,12 @@ def describe(
         raise typer.BadParameter("is the budget of --search, which is missing", param_hint="--gmac")
     if name is None and not search:
         raise typer.BadParameter("name a model such as tubevit_b, or a recipe", param_hint="MODEL|RECIPE")
+    ignored = {"--nodes": nodes != 1, "--gpus-per-node": gpus_per_node != 8, "--decode-ms": bool(decode_ms)}
+    for option, given in ignored.items():
+        if given and hardware is None:
+            raise typer.BadParameter("needs --hardware", param_hint=option)
+    if search and hardware is not None:
+        raise typer.BadParameter("does not go with --hardware", param_hint="--search")
     if hardware is not None:
         from framework.forecast.command import forecast_command
 

@@ -156,7 +156,8 @@ def predict_command(
             continue
         found.append(prediction)
         if not as_json:
-            typer.echo(f"{file}  ({prediction.source}, {prediction.views} views, {prediction.device})")
+            views = "1 view" if prediction.views == 1 else f"{prediction.views} views"
+            typer.echo(f"{file}  ({prediction.source}, {views}, {prediction.device})")
             for answer in prediction.answers:
                 head = f"{answer.head}: " if answer.head else ""
                 typer.echo(f"  {answer.probability:6.1%}  {head}{answer.label}")

@@ -48,17 +48,17 @@ def diagnose(metrics: Mapping[str, float], workers: int, ranks_here: int, cores:
         return Verdict(
             "compute",
             0,
-            f"data keeps up: waiting {wait:.0%} of the time, {max(1, workers)} workers a rank {busy:.0%} "
-            "busy",
+            f"keeps up: waiting {wait:.0%} of the time, {max(1, workers)} workers a rank {busy:.0%} busy",
         )
     stage = max(stages, key=lambda name: stages[name])
     needed = max(math.ceil(made / computing), workers + 1)
     short = needed - workers
     free = cores // max(1, ranks_here) - 1
-    room = "" if needed <= free else f" (this machine has {max(0, free)} a rank besides the rank's own)"
+    room = "" if needed <= free else f"; this machine has {max(0, free) or 'none'} beside the rank's own"
+    cores = f"{short} more {'core' if short == 1 else 'cores'} per rank"
     return Verdict(
         stage,
         short,
         f"{stage}-bound: waiting {wait:.0%} of the time, {stages[stage] / made:.0%} of the workers' time is "
-        f"{stage}; {short} more cores per rank (data.workers={needed}{room}), or {STAGE_ADVICE[stage]}",
+        f"{stage}; {cores} (data.workers={needed}{room}), or {STAGE_ADVICE[stage]}",
     )

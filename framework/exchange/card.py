@@ -11,6 +11,7 @@ from framework.errors import TubeworksError
 from framework.exchange.run import FinishedRun
 from framework.files import replace_text
 from framework.recipe import recipe_hash
+from framework.tracking.journal import journal_path, read_journal
 from framework.training.checkpoint import read_manifest
 from framework.training.data_facts import read_data_facts
 
@@ -93,7 +94,25 @@ def _results(run: FinishedRun) -> list[str]:
                 if isinstance(value, (int, float))
             )
             lines.append(f"- {name} ({', '.join(how)}): {values}")
+    lines += _results_of_training(run)
     return lines or ["None: this checkpoint was not evaluated (`tubeworks eval RUN`)."]
+
+
+def _results_of_training(run: FinishedRun) -> list[str]:
+    """What the training itself found on held-out samples at the step of this checkpoint."""
+    if not journal_path(run.folder).is_file():
+        return []
+    found: dict[str, dict[str, float]] = {}
+    for entry in read_journal(run.folder):
+        for key, value in entry.metrics.items():
+            kind, _, rest = key.partition("/")
+            if kind == "eval" and entry.step == run.step and value is not None:
+                name, _, metric = rest.rpartition("/")
+                found.setdefault(name, {})[metric] = value
+    return [
+        f"- {name} (during training): {', '.join(f'{key} {value:.4g}' for key, value in metrics.items())}"
+        for name, metrics in found.items()
+    ]
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from framework.models.registry import size_of
 from framework.models.weights.convert import Target, to_format
 from framework.models.weights.formats import FORMATS, Format
 from framework.recipe import dump_yaml
-from framework.recipe.model_sections import family_of
+from framework.recipe.model_sections import family_of, reconstructs
 from framework.recipe.schema import Recipe, ViViT
 from framework.training.checkpoint import load_weights
 from framework.training.consolidate import consolidate
@@ -162,7 +162,8 @@ def _converted(run: FinishedRun, name: str, source: str) -> tuple[Format, dict[s
     frames = isinstance(model, ViViT) and model.embedding == "frames"
     if known is None or frames or (isinstance(model, ViViT) and not model.name.endswith("_m1")):
         like = f"{model.name} with `embedding: frames`" if frames else model.name
-        raise ModelError(f"{name} has no model like {like}; `--to safetensors` and `--to onnx` take all")
+        onnx = "" if reconstructs(model) else " and `--to onnx`"
+        raise ModelError(f"{name} has no model like {like}; `--to safetensors`{onnx} can take it")
     others = tuple(f"heads.{other}." for other in run.recipe.data.sources if other != source)
     state = load_weights(run.checkpoint, ema=run.averaged)
     state = {key: tensor for key, tensor in state.items() if not key.startswith(others)}

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from framework.errors import ModelError, RecipeError
+from framework.data.sources import open_sources
+from framework.errors import DataError, ModelError, RecipeError
 from framework.files import replace_text
 from framework.models.registry import build_model, inputs_of
 from framework.models.scaleup import image_tube
@@ -26,6 +27,7 @@ from framework.recipe.model_sections import family_of
 from framework.recipe.schema import Model, Recipe
 from framework.recipe.tube_sets import tubes_of
 from framework.training.checkpoint_manifest import WEIGHT
+from framework.training.data_facts import write_data_facts
 from framework.training.distributed import Peers
 from framework.training.saver import save_checkpoint
 from framework.training.state import Fragment
@@ -127,9 +129,18 @@ def import_weights(
     save_checkpoint(run, 0, model, state, Peers(World(), None), facts)
     # Last: a recipe without these weights would be a run that trains from nothing.
     replace_text(run / "recipe.yaml", dump_yaml(recipe))
+    _keep_class_names(run, recipe)
     result = Import(run, known, account)
     replace_text(run / "import.json", json.dumps(result.as_dict(), indent=1) + "\n")
     return result
+
+
+def _keep_class_names(run: Path, recipe: Recipe) -> None:
+    """Take the names of the classes from the recipe's shards, where they are there."""
+    try:
+        write_data_facts(run, open_sources(recipe))
+    except DataError as error:
+        log.warning("predictions will be numbers, as the names of the classes are with the shards: %s", error)
 
 
 def _check_family(recipe: Recipe, known: Format, file: Path) -> None:

@@ -20,13 +20,25 @@ from framework.errors import DataError
 __all__ = ["OneFile", "describe_file"]
 
 
+MAX_FILE_BYTES = 4 << 30
+
+
 def describe_file(path: Path) -> SampleInfo:
     """Decode a video or an image once, and describe it as the manifest describes a sample.
 
     Errors:
-        DataError: no such file, or neither a video nor an image that can be decoded.
+        DataError: no such file, a larger one than `MAX_FILE_BYTES`, or neither a video nor an image that can
+            be decoded.
     """
     try:
+        size = path.stat().st_size if path.is_file() else 0
+        if path.exists() and not path.is_file():
+            raise DataError(f"{path}: is no file")
+        if size > MAX_FILE_BYTES:
+            raise DataError(
+                f"{path}: {size / 2**30:.1f} GiB, at most {MAX_FILE_BYTES >> 30}, as a file is read whole: "
+                "cut a clip out of it"
+            )
         data = path.read_bytes()
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); check the path") from error

@@ -11,9 +11,11 @@ from rich.console import Console
 from rich.table import Table
 
 from framework.data.plan import check_shares
+from framework.errors import RecipeError
 from framework.forecast.decode import local_decode_costs
 from framework.forecast.forecast import Surroundings, forecast, parse_decode_ms
 from framework.forecast.hardware import find_hardware
+from framework.models.registry import model_names
 from framework.recipe import load_recipe
 
 __all__ = ["forecast_command"]
@@ -36,6 +38,11 @@ def forecast_command(
     Errors:
         RecipeError: of the recipe, of the hardware, or a mixture that so many ranks cannot share.
     """
+    if recipe_name in model_names():
+        raise RecipeError(
+            f"{recipe_name} is a model, and --hardware forecasts a run of a recipe: "
+            "`tubeworks recipe list` names those that are installed"
+        )
     recipe = load_recipe(recipe_name, overrides).recipe
     chip, said = find_hardware(hardware), parse_decode_ms(list(decode_ms), recipe)
     check_shares(recipe.data.mixture, nodes * gpus_per_node, recipe.train.accumulation, recipe.data.repeats)

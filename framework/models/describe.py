@@ -246,10 +246,13 @@ def table(description: dict[str, Any]) -> Group:
 def _parameter_table(description: dict[str, Any]) -> Table:
     counts = description["parameter_groups"]
     result = plain_table("parameters", "number")
+    rest = counts["positions"] + counts["pool"] + counts["class_token"] + sum(counts["heads"].values())
+    # The patches that images have are among the encoder's.
+    kernels = description["parameters"] - counts["encoder"] - rest
     lines = {
         "total": description["parameters"],
         "encoder (ViT without classifier)": counts["encoder"],
-        "tube kernels": counts["tokenizer"],
+        "tube kernels" if kernels == counts["tokenizer"] else "other tube kernels": kernels,
         **({"learned positions": counts["positions"]} if counts["positions"] else {}),
         "pooling": counts["pool"] + counts["class_token"],
         **{f"classifier of {name}": count for name, count in counts["heads"].items()},

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,7 @@ logger = logging.getLogger(__name__)
 SAMPLES = 16
 FRAMES = 4
 NARROWEST_CELL = 180
+WIDEST_LABEL = 320
 """Pixels, so that names have room below single small frames."""
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 BACKGROUND, TEXT, RIGHT, WRONG = "#ffffff", "#1f2933", "#1a7f37", "#cf222e"
@@ -61,14 +63,16 @@ def contact_sheet(tiles: Sequence[Tile], path: Path, title: str, frame_pixels: i
     if not tiles:
         raise ValueError("a contact sheet needs at least one sample")
     strips = [_strip(tile.frames, frame_pixels) for tile in tiles]
-    cell = max(max(strip.width for strip in strips), NARROWEST_CELL)
+    font, large, line = _font(13), _font(15), 18
+    longest = min(max(font.getlength(tile.label) for tile in tiles), WIDEST_LABEL)
+    cell = max(*(strip.width for strip in strips), NARROWEST_CELL, math.ceil(longest))
     columns = max(1, min(len(tiles), 960 // (cell + 12)))
     rows = -(-len(tiles) // columns)
-    font, line = _font(13), 18
     height = frame_pixels + 2 * line + 14
-    sheet = Image.new("RGB", (columns * (cell + 12) + 12, rows * height + 40), BACKGROUND)
+    width = max(columns * (cell + 12) + 12, math.ceil(large.getlength(title)) + 24)
+    sheet = Image.new("RGB", (width, rows * height + 40), BACKGROUND)
     draw = ImageDraw.Draw(sheet)
-    draw.text((12, 10), title, fill=TEXT, font=_font(15))
+    draw.text((12, 10), title, fill=TEXT, font=large)
     for number, (tile, strip) in enumerate(zip(tiles, strips, strict=True)):
         left, top = 12 + number % columns * (cell + 12), 40 + number // columns * height
         sheet.paste(strip, (left, top))

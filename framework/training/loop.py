@@ -36,6 +36,7 @@ from framework.training.feed import Feed, agreed_quarantine, begin_ledger, commi
 from framework.training.guards import CollapseGuard, DeadGuard
 from framework.training.held_out import evaluate_held_out
 from framework.training.initial import initialise
+from framework.training.losses import check_mixing
 from framework.training.memory import collected_by_hand, returned_memory
 from framework.training.meters import Meters
 from framework.training.numbers import Rollback
@@ -242,6 +243,7 @@ def open_data(recipe: Recipe, world: World) -> tuple[dict[str, OpenSource], dict
     plan = build_plan(recipe, sources)
     resolve_schedule(recipe, {name: len(source) for name, source in sources.items()})
     plan.check(world.size, recipe.train.accumulation)
+    check_mixing(recipe, world.size)
     check_cache(recipe, sources, held_out, plan, world)
     return sources, held_out, plan
 

@@ -11,9 +11,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from framework.errors import RecipeError
+from framework.recipe.schema import Recipe
 from framework.targets import TargetSpec
 
-__all__ = ["Mixing", "binary_cross_entropy", "cross_entropy", "draw_mixing", "mix_pixels", "source_loss"]
+__all__ = [
+    "Mixing",
+    "binary_cross_entropy",
+    "check_mixing",
+    "cross_entropy",
+    "draw_mixing",
+    "mix_pixels",
+    "source_loss",
+]
 
 
 class Mixing:
@@ -26,6 +35,25 @@ class Mixing:
         self.share = share
         rows = torch.arange(share.shape[0], device=share.device)
         self.partner = (rows // repeats ^ 1) * repeats + rows % repeats
+
+
+def check_mixing(recipe: Recipe, world: int) -> None:
+    """Make sure that every sample of a source with mixup will have a partner, before anything is built.
+
+    Errors:
+        RecipeError: the samples of a micro-batch are odd.
+    """
+    for name, count in recipe.data.samples.items():
+        if recipe.data.sources[name].mixup > 0:
+            _check_pairs(name, count // (world * recipe.train.accumulation))
+
+
+def _check_pairs(source: str, samples: int) -> None:
+    if samples % 2:
+        raise RecipeError(
+            f"source {source}: mixup needs an even number of samples in each micro-batch, here there are "
+            f"{samples}. Change data.mixture.{source}, train.accumulation or the number of ranks"
+        )
 
 
 def draw_mixing(alpha: float, seeds: Tensor, source: str, repeats: int = 1) -> Mixing | None:
@@ -42,12 +70,7 @@ def draw_mixing(alpha: float, seeds: Tensor, source: str, repeats: int = 1) -> M
     """
     if alpha == 0:
         return None
-    samples = seeds.shape[0] // repeats
-    if samples % 2:
-        raise RecipeError(
-            f"source {source}: mixup needs an even number of samples in each micro-batch, here there are "
-            f"{samples}. Change data.mixture.{source}, train.accumulation or the number of ranks"
-        )
+    _check_pairs(source, seeds.shape[0] // repeats)
     keys = seeds.cpu().numpy().view(np.uint64).reshape(-1, 2, repeats)[:, 0].ravel()
     shares = [
         np.random.Generator(np.random.Philox(key=int(key) ^ 0x6D69787570)).beta(alpha, alpha) for key in keys

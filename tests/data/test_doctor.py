@@ -48,7 +48,10 @@ def test_the_line_names_stage_cores_and_what_else_helps() -> None:
     assert verdict.text.startswith(
         "decode-bound: waiting 78% of the time, 88% of the workers' time is decode"
     )
-    assert "11 more cores per rank (data.workers=14 (this machine has 3 a rank" in verdict.text
+    assert (
+        "11 more cores per rank (data.workers=14; this machine has 3 beside the rank's own), or"
+        in verdict.text
+    )
     assert verdict.text.endswith("or shards of preset `fast`, which decode several times faster")
 
 

@@ -21,6 +21,7 @@ from framework.evaluation.metrics import SourceResult
 from framework.evaluation.report import EvaluationReport, write_report
 from framework.exchange.exporting import Kind, export_run
 from framework.exchange.importing import account_table, import_weights
+from framework.exchange.media import MAX_FILE_BYTES
 from framework.exchange.predict import Predictor
 from framework.exchange.run import open_finished
 from framework.models.registry import build_model, inputs_of
@@ -194,6 +195,19 @@ def test_the_card_says_how_each_result_was_measured(tmp_path: Path) -> None:
     assert shuffled.startswith("- things (raw, 4x3 views, frames shuffled): samples 19881, ")
 
 
+def test_the_card_has_what_the_training_itself_found(tmp_path: Path) -> None:
+    run = imported("vivit", tmp_path)
+    lines = [
+        {"step": step, "time": 1.0, "metrics": {"eval/things/top_1": value, "train/loss": 2.0}, "attempt": 0}
+        for step, value in ((0, 0.567), (9, 0.9))
+    ]
+    (run / "journal.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    card = (export_run(run, "safetensors", tmp_path / "out").folder / "README.md").read_text()
+    assert [line for line in card.splitlines() if line.startswith("- things")] == [
+        "- things (during training): top_1 0.567"
+    ]
+
+
 def test_onnx_computes_the_same_for_any_number_of_samples(tmp_path: Path) -> None:
     runtime = pytest.importorskip("onnxruntime", reason="the extra `onnx` is not installed")
     run = imported("vivit", tmp_path)
@@ -235,6 +249,24 @@ def test_a_video_has_all_its_views_and_its_classes_have_names(tmp_path: Path) ->
     assert Predictor(run, views=(1, 1))(tmp_path / "clip.mp4").views == 1
 
 
+def test_an_import_takes_the_names_of_the_classes_from_the_shards(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert open_finished(imported("vit", tmp_path)).classes("things")[:2] == ["0", "1"]
+    assert "predictions will be numbers" in caplog.text
+    names = [f"thing {letter}" for letter in "abcdefg"]
+    for name in names:
+        (tmp_path / "pictures" / name).mkdir(parents=True)
+        picture(tmp_path / "pictures" / name / "one.png")
+    made = ["data", "shard", "folder", "--input", str(tmp_path / "pictures"), "--name", "things"]
+    assert (
+        CliRunner().invoke(app, [*made, "--out", str(tmp_path / "shards"), "--workers", "1"]).exit_code == 0
+    )
+    override = f"data.sources.things.path={tmp_path / 'shards'}"
+    run = import_weights(tmp_path / "file", str(tmp_path / "vit.yaml"), (override,), tmp_path / "named").run
+    assert open_finished(run).classes("things") == names
+
+
 def test_files_that_cannot_be_classified_say_why(tmp_path: Path) -> None:
     run = imported("vivit", tmp_path)
     predictor = Predictor(run)
@@ -243,6 +275,13 @@ def test_files_that_cannot_be_classified_say_why(tmp_path: Path) -> None:
         predictor(tmp_path / "page.mp4")
     with pytest.raises(DataError, match="cannot be read"):
         predictor(tmp_path / "none.mp4")
+    for no_file in (tmp_path, Path("/dev/zero")):
+        with pytest.raises(DataError, match="is no file"):
+            predictor(no_file)
+    with (tmp_path / "large.mp4").open("wb") as large:
+        large.truncate(MAX_FILE_BYTES + 1)  # takes no room on the disk
+    with pytest.raises(DataError, match="at most 4, as a file is read whole"):
+        predictor(tmp_path / "large.mp4")
     with pytest.raises(ModelError, match="read images: none"):
         predictor(picture(tmp_path / "thing.png"))
     with pytest.raises(ModelError, match="no source other"):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import pickle
+import warnings
 import zipfile
 import zlib
 from pathlib import Path
@@ -21,6 +23,11 @@ __all__ = ["read_weights"]
 CONTAINERS = ("state_dict", "model_state_dict", "model", "module")
 """Keys under which training scripts keep the tensors, beside other things."""
 
+NPY_HEADERS = {
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
+}
+
 DAMAGE = (
     SafetensorError,
     zipfile.BadZipFile,
@@ -33,6 +40,7 @@ DAMAGE = (
     KeyError,
     TypeError,
     AttributeError,
+    MemoryError,  # a header that asks for more than there is
 )
 """What a reader raises for a file that is damaged or of another kind."""
 
@@ -82,13 +90,28 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def _read_npz(path: Path) -> dict[str, Tensor]:
+    _check_declared(path)
     with np.load(path, allow_pickle=False) as arrays:
         return {name: _plain(torch.from_numpy(np.asarray(arrays[name]))) for name in arrays.files}
 
 
+def _check_declared(path: Path) -> None:
+    """Refuse arrays whose headers declare another size than the archive holds, before memory is taken."""
+    with zipfile.ZipFile(path) as archive:
+        for member in archive.infolist():
+            with archive.open(member) as file:
+                header = NPY_HEADERS[np.lib.format.read_magic(file)]
+                shape, _, dtype = header(file)
+                declared = math.prod(shape) * dtype.itemsize + file.tell()
+            if not dtype.hasobject and declared != member.file_size:
+                raise ValueError(f"{member.filename} declares {declared} bytes and has {member.file_size}")
+
+
 def _read_torch(path: Path) -> dict[str, Tensor]:
     try:
-        content: Any = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Detected pickle protocol")  # what matters is said below
+            content: Any = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:  # torch would advise to load it all the same, and to run its code
         raise ModelError(
             f"{path}: is no PyTorch file, or holds more than tensors and plain values, which is never "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -224,6 +226,16 @@ def test_files_of_another_content_are_one_line(tmp_path: Path) -> None:
     (tmp_path / "array.npy").rename(tmp_path / "array.npz")
     with pytest.raises(ModelError, match=r"array\.npz: cannot be read as weights"):
         read_weights(tmp_path / "array.npz")
+
+
+def test_an_array_that_declares_more_than_is_there_takes_no_memory(tmp_path: Path) -> None:
+    header = io.BytesIO()
+    facts = {"descr": "<f4", "fortran_order": False, "shape": (10**12,)}
+    np.lib.format.write_array_header_1_0(header, facts)
+    with zipfile.ZipFile(tmp_path / "bomb.npz", "w") as archive:
+        archive.writestr("embedding/kernel.npy", header.getvalue() + bytes(64))
+    with pytest.raises(ModelError, match=r"bomb\.npz: .*kernel\.npy declares"):
+        read_weights(tmp_path / "bomb.npz")
 
 
 def test_unknown_names_and_missing_files_are_one_line(tmp_path: Path) -> None:
