@@ -26,6 +26,7 @@ from framework.world import World
 from launch.checkpoint_cli import checkpoint_app
 from launch.commands import app as launch_app
 from launch.exchange_cli import add_exchange_commands
+from launch.streams import outlive_reader
 
 __all__ = ["app", "main"]
 
@@ -281,6 +282,7 @@ def recipe_list(as_json: AsJson = False) -> None:
 
 def main() -> None:
     """Run the command line; leaves the process with the exit code."""
+    outlive_reader()
     try:
         app()
     except SystemExit as leaving:

@@ -241,11 +241,13 @@ def _forward_signals(processes: Sequence[subprocess.Popen[bytes]], *, listening:
     """
 
     def forward(number: int, _frame: object) -> None:
-        if listening and number == signal.SIGINT:  # they may still be importing, which takes seconds
-            sys.stderr.write(f"SIGINT: passed on to {len(processes)} ranks\n")
         for process in processes:
             if process.poll() is None:
                 process.send_signal(number)
+        if listening and number == signal.SIGINT:  # they may still be importing, which takes seconds
+            # last, and not through a stream that this may have interrupted: nobody may read it any more
+            with contextlib.suppress(OSError):
+                os.write(2, f"SIGINT: passed on to {len(processes)} ranks\n".encode())
 
     handlers: dict[int, Any] = {}
     for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP):

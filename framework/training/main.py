@@ -38,8 +38,9 @@ def train_rank(recipe: Recipe, run: Path, world: World, supervision: Supervision
     )
 
     def leaving(number: int) -> None:
-        if supervision is not None and world.is_main:
-            supervision.goes_on(number)  # it writes down that a person wants an end
+        # It writes down that a person wants an end. In a job it would ask Slurm, which can take long.
+        if supervision is not None and supervision.by_people and world.is_main:
+            supervision.goes_on(number)
         heart.left(number)
 
     # Before torch is imported and starts threads: they inherit the mask that this sets.

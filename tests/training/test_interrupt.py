@@ -15,15 +15,20 @@ from pathlib import Path
 import pytest
 from rank_processes import CPU, Job, command_line, steps_in_journal, wait_until
 
+from framework.recipe import load_recipe
 from framework.training import loop
 from framework.training.checkpoint_manifest import checkpoint_folders
+from framework.training.main import train_rank
+from framework.training.supervision import Supervision
+from framework.world import World
 
 EARLY = "SIGINT: leaving before the first step, nothing was trained\n"
 
 
-def start(recipe: Path, folder: Path, ranks: int) -> subprocess.Popen[str]:
+def start(recipe: Path, folder: Path, ranks: int, *overrides: str) -> subprocess.Popen[str]:
     """A training in `folder`/runs/run, which is not there yet, with a terminal's process group of its own."""
-    command = [sys.executable, "-m", "launch.start", "train", str(recipe), "--ranks", str(ranks)]
+    command = [sys.executable, "-m", "launch.start", "train", str(recipe), *overrides]
+    command += ["--ranks", str(ranks)]
     return subprocess.Popen(
         [*command, "--run", str(folder / "runs" / "run")],
         env={**os.environ, **CPU},
@@ -76,12 +81,33 @@ def test_one_rank_that_holds_its_folder(recipe_file: Path, tmp_path: Path) -> No
 def test_two_ranks_at_any_time_before_the_first_step(recipe_file: Path, tmp_path: Path, there: str) -> None:
     process = start(recipe_file, tmp_path, 2)
     wait_for(process, (tmp_path / "runs" / "run" / there).exists)
-    assert press_ctrl_c(process) == "SIGINT: passed on to 2 ranks\n" + EARLY
+    said = press_ctrl_c(process).splitlines(keepends=True)
+    assert sorted(said) == [EARLY, "SIGINT: passed on to 2 ranks\n"]  # whoever is first
     assert list(tmp_path.iterdir()) == []
 
 
-def train_until_stuck(marker: str, *arguments: str) -> None:
-    """`tubeworks train` whose fifth step never ends."""
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_training_that_nobody_reads_any_more_saves(recipe_file: Path, tmp_path: Path, ranks: int) -> None:
+    """As `tubeworks train ... 2>&1 | tee log`: the Ctrl-C also ends `tee`."""
+    run = tmp_path / "runs" / "run"
+    process = start(recipe_file, tmp_path, ranks, "train.steps=4000", "checkpoint.every=4000")
+    assert process.stderr is not None
+    wait_for(process, lambda: steps_in_journal(run) >= 1)
+    process.stderr.close()
+    unread = steps_in_journal(run) + 3
+    deadline = time.monotonic() + 60
+    while steps_in_journal(run) < unread:
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(60) == 130
+    (attempt,) = json.loads((run / "run.json").read_text())["attempts"]
+    assert attempt["cause"] == "stopped by SIGINT"
+    assert [folder.name for folder in checkpoint_folders(run)] == [f"step-{attempt['end_step']:08d}"]
+
+
+def stick_in_fifth_step(marker: str) -> None:
     take_step = loop.take_step
 
     def step_or_wait(session, step, *rest):  # type: ignore[no-untyped-def]
@@ -91,7 +117,39 @@ def train_until_stuck(marker: str, *arguments: str) -> None:
         return take_step(session, step, *rest)
 
     loop.take_step = step_or_wait
+
+
+def train_until_stuck(marker: str, *arguments: str) -> None:
+    """`tubeworks train` whose fifth step never ends."""
+    stick_in_fifth_step(marker)
     command_line("train", *arguments)
+
+
+def train_until_stuck_in_a_job(marker: str, recipe: str, run: str) -> int:
+    """The same in a Slurm job whose controller does not answer."""
+    stick_in_fifth_step(marker)
+    silent = Supervision(lambda _number: threading.Event().wait())
+    return train_rank(load_recipe(recipe).recipe, Path(run), World(), silent)
+
+
+def insist(job: Job) -> None:
+    """Ctrl-C, and again until it has left."""
+    job.send(signal.SIGINT)
+    wait_until(job, lambda: "Ctrl-C again: at once" in job.said(), "the answer to Ctrl-C", 60)
+    deadline = time.monotonic() + 60
+    while job.processes[0].is_alive() and time.monotonic() < deadline:
+        job.send(signal.SIGINT)
+        job.processes[0].join(0.1)
+    assert job.wait(1) == [130]
+    assert "SIGINT again: leaving without saving" in job.said()
+
+
+def test_whoever_insists_does_not_wait_for_slurm(recipe_file: Path, tmp_path: Path) -> None:
+    run, marker = tmp_path / "run", tmp_path / "stuck"
+    job = Job(1, tmp_path, train_until_stuck_in_a_job, str(marker), str(recipe_file), str(run))
+    wait_until(job, marker.exists, "the step that never ends", 120)
+    insist(job)
+    assert not (run / "postmortem").exists()
 
 
 def test_whoever_insists_leaves_no_post_mortem(recipe_file: Path, tmp_path: Path) -> None:
@@ -99,14 +157,7 @@ def test_whoever_insists_leaves_no_post_mortem(recipe_file: Path, tmp_path: Path
     job = Job(1, tmp_path, train_until_stuck, str(marker), str(recipe_file), "--run", str(run))
     wait_until(job, marker.exists, "the step that never ends", 120)
     assert steps_in_journal(run) == 4
-    job.send(signal.SIGINT)
-    wait_until(job, lambda: "Ctrl-C again: at once" in job.said(), "the answer to Ctrl-C", 60)
-    deadline = time.monotonic() + 60
-    while job.processes[0].is_alive() and time.monotonic() < deadline:
-        job.send(signal.SIGINT)
-        job.processes[0].join(0.1)
-    assert job.wait() == [130]
-    assert "SIGINT again: leaving without saving" in job.said()
+    insist(job)
     assert not (run / "postmortem").exists()
     (attempt,) = json.loads((run / "run.json").read_text())["attempts"]
     assert (attempt["cause"], attempt["end_step"]) == ("stopped by SIGINT", 4)
