@@ -27,12 +27,15 @@ ROWS = 40
 class Requests:
     """Rank 0 takes requests up and answers them; the other ranks learn of them in the step's exchange."""
 
-    def __init__(self, run: Path, *, is_main: bool) -> None:
+    def __init__(self, run: Path, start: int = 0, *, is_main: bool) -> None:
         self._run = run
         self._mailbox = Mailbox(run) if is_main else None
         self._node = ""
         self._profiler: Any = None
         self._profile_until = 0
+        # They are an earlier attempt's, and nothing says that whoever asked still wants it.
+        self._refuse("it was asked before this attempt began; ask again", start)
+        self._sweep()
 
     def ask(self) -> tuple[int, int]:
         """A new request as numbers for the exchange: the command's (0: none) and its argument."""
@@ -80,11 +83,21 @@ class Requests:
         if self._profiler is not None:
             self._profiler.stop()
             self._profiler = None
+        self._refuse("the training has ended", step)
+
+    def _refuse(self, text: str, step: int) -> None:
         if self._mailbox is not None:
             try:
-                self._mailbox.refuse("the training has ended", step)
+                self._mailbox.refuse(text, step)
             except OSError as error:
                 log.warning("a request cannot be answered: %s", error)
+
+    def _sweep(self) -> None:
+        if self._mailbox is not None:
+            try:
+                self._mailbox.sweep()
+            except OSError as error:
+                log.warning("old answers to requests cannot be taken away: %s", error)
 
     def _attempt(self, work: Callable[[], str], step: int) -> None:
         try:

@@ -78,4 +78,4 @@ class Session:
         self.batches = on_device(self.loader, self.device)
         self.guard = NumbersGuard(self.recipe)
         self.ledger = Ledger(self.start)
-        self.requests = Requests(self.run, is_main=self.peers.world.is_main)
+        self.requests = Requests(self.run, self.start, is_main=self.peers.world.is_main)

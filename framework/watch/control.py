@@ -5,12 +5,15 @@ RUN/control/ID-answer.json  its answer: {"id", "done", "text", "step"}, taken aw
 RUN/stacks/ID/              answers to `stack`, one file a rank
 
 Each request is a file of its own, so that none is lost, whoever else asks at the same moment; an ID begins
-with the time. Rank 0 looks for requests at step boundaries, does the oldest first, and takes it away when it
-is answered. `stack` is answered by the sentinels, because it is wanted most when no step ends any more.
+with the time. Rank 0 looks for requests at step boundaries, does the oldest first, each once, and takes it
+away when it is answered. What lies there when an attempt begins was asked of one before: it is refused, for
+whoever asked may have been killed before it was withdrawn. `stack` is answered by the sentinels, because it
+is wanted most when no step ends any more.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -41,6 +44,8 @@ __all__ = [
 COMMANDS = ("checkpoint", "stack", "profile", "stop", "exclude")
 POLL_SECONDS = 1.0
 """How often rank 0 looks for a request; a look lists one small folder."""
+UNFETCHED_SECONDS = 3600.0
+"""After so long nobody comes for an answer: who waits looks ten times a second."""
 REQUEST_ID = re.compile(r"\d{20}-[0-9a-f]{8}")
 
 
@@ -130,12 +135,14 @@ def withdraw(run: Path, request: Request) -> None:
 
 
 class Mailbox:
-    """Rank 0's side: one request after the other, and its answer."""
+    """Rank 0's side of an attempt: one request after the other, and its answer."""
 
     def __init__(self, run: Path) -> None:
         self._run = run
         self._looked = 0.0
         self._open: Request | None = None
+        self._taken: set[str] = set()
+        """Requests that are not taken up again, even if they cannot be taken away."""
 
     def look(self) -> Request | None:
         """A request that has not been taken up yet."""
@@ -143,7 +150,9 @@ class Mailbox:
         if self._open is not None or now - self._looked < POLL_SECONDS:
             return None
         self._looked = now
-        self._open = next((one for one in waiting_requests(self._run) if one.command != "stack"), None)
+        self._open = next(iter(self._untaken()), None)
+        if self._open is not None:
+            self._taken.add(self._open.id)
         return self._open
 
     def answer(self, done: bool, text: str, step: int) -> None:
@@ -154,17 +163,41 @@ class Mailbox:
         self._answer(request, Answer(request.id, done, text, step))
 
     def refuse(self, text: str, step: int) -> None:
-        """Answer all that wait: nobody will do what they ask."""
+        """Answer all that wait: nobody will do what they ask.
+
+        Errors:
+            OSError: one of them cannot be answered; none of them will be taken up all the same.
+        """
+        waiting = self._untaken()
+        self._taken.update(one.id for one in waiting)
         self.answer(False, text, step)
-        for request in waiting_requests(self._run):
-            if request.command != "stack":
-                self._answer(request, Answer(request.id, False, text, step))
+        for request in waiting:
+            self._answer(request, Answer(request.id, False, text, step))
+
+    def sweep(self) -> None:
+        """Take answers away, and requests for stacks, that nobody has come for.
+
+        Errors:
+            OSError: the folder is there and cannot be read or written.
+        """
+        folder = self._run / "control"
+        for path in folder.iterdir() if folder.exists() else ():
+            if REQUEST_ID.fullmatch(path.stem.removesuffix("-answer")):
+                with contextlib.suppress(FileNotFoundError):  # just fetched
+                    if time.time() - path.stat().st_mtime > UNFETCHED_SECONDS:
+                        path.unlink()
+
+    def _untaken(self) -> list[Request]:
+        waiting = waiting_requests(self._run)
+        return [one for one in waiting if one.command != "stack" and one.id not in self._taken]
 
     def _answer(self, request: Request, answer: Answer) -> None:
         path = request_path(self._run, request.id)
         if path.exists():  # else nobody waits any more
-            replace_text(answer_path(self._run, request.id), json.dumps(asdict(answer)) + "\n")
-            path.unlink(missing_ok=True)
+            try:
+                replace_text(answer_path(self._run, request.id), json.dumps(asdict(answer)) + "\n")
+            finally:
+                path.unlink(missing_ok=True)
 
 
 def stacks_folder(run: Path, request: Request) -> Path:

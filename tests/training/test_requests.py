@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import multiprocessing
+import os
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,10 @@ from framework.watch.control import (
     COMMANDS,
     POLL_SECONDS,
     Mailbox,
+    answer_path,
     excluded_nodes,
     read_answer,
+    request_path,
     send_request,
     waiting_requests,
 )
@@ -104,8 +107,8 @@ def test_no_request_is_lost(tmp_path: Path) -> None:
 
 
 def test_who_waits_when_the_training_ends_is_answered(tmp_path: Path) -> None:
-    first, second = send_request(tmp_path, "checkpoint"), send_request(tmp_path, "stop")
     requests = Requests(tmp_path, is_main=True)
+    first, second = send_request(tmp_path, "checkpoint"), send_request(tmp_path, "stop")
     assert requests.ask() == (COMMANDS.index("checkpoint") + 1, 1)
     requests.close(7)
     for request in (first, second):
@@ -117,14 +120,15 @@ def test_who_waits_when_the_training_ends_is_answered(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("argument", ["9" * 30, "9" * 5000, "²", "-1", ""])
 def test_no_argument_ends_the_training(tmp_path: Path, argument: str) -> None:
+    requests = Requests(tmp_path, is_main=True)
     send_request(tmp_path, "profile", argument)
-    assert Requests(tmp_path, is_main=True).ask() == (COMMANDS.index("profile") + 1, 1)
+    assert requests.ask() == (COMMANDS.index("profile") + 1, 1)
 
 
 def test_a_node_that_cannot_be_written_down_is_answered(tmp_path: Path) -> None:
     (tmp_path / "excluded-nodes.json").mkdir()  # as little to be written as on a full disk
-    request = send_request(tmp_path, "exclude", "node7")
     requests = Requests(tmp_path, is_main=True)
+    request = send_request(tmp_path, "exclude", "node7")
     requests.ask()
     assert requests.begin("exclude", 1, 5) == 12
     requests.finish("exclude", 5)
@@ -132,6 +136,59 @@ def test_a_node_that_cannot_be_written_down_is_answered(tmp_path: Path) -> None:
     assert answer is not None
     assert not answer.done
     assert "node7 is not written down" in answer.text
+
+
+def test_what_cannot_be_answered_is_done_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A full disk, or control/ of another user: the answer cannot be written, nor the request taken away."""
+    requests = Requests(tmp_path, is_main=True)
+    request = send_request(tmp_path, "checkpoint")
+    there = request_path(tmp_path, request.id)
+    content = there.read_text()
+    answer_path(tmp_path, request.id).mkdir()
+    assert requests.ask() == (COMMANDS.index("checkpoint") + 1, 1)
+    requests.finish("checkpoint", 5)
+    assert "a request cannot be answered" in caplog.text
+    there.write_text(content)
+    assert requests._mailbox is not None
+    requests._mailbox._looked = -POLL_SECONDS
+    assert requests.ask() == (0, 0)
+    following = send_request(tmp_path, "profile", "7")
+    requests._mailbox._looked = -POLL_SECONDS
+    assert requests.ask() == (COMMANDS.index("profile") + 1, 7)
+    requests.close(9)
+    assert read_answer(tmp_path, following) is not None
+
+
+def test_what_was_asked_of_an_earlier_attempt_is_refused(recipe_file: Path, tmp_path: Path) -> None:
+    """An attempt is killed, and so is the `launch ctl RUN stop` that waited for it."""
+    run = tmp_path / "run"
+    job = start_training(recipe_file, run, 1, *LONG)
+    wait_for_step(job, run, 2)
+    job.kill()
+    left_behind = send_request(run, "stop")
+    following = start_training(recipe_file, run, 1, *LONG)
+    wait_for_step(following, run, 2)
+    answer = read_answer(run, left_behind)
+    assert answer is not None
+    assert (answer.done, answer.text) == (False, "it was asked before this attempt began; ask again")
+    assert waiting_requests(run) == []
+    control_command(run, "checkpoint", None, 60, False)
+    assert following.processes[0].is_alive()
+    following.kill()
+
+
+def test_answers_that_nobody_fetches_are_taken_away(tmp_path: Path) -> None:
+    requests = Requests(tmp_path, is_main=True)
+    old, new = send_request(tmp_path, "stop"), send_request(tmp_path, "stop")
+    requests.close(3)
+    stack = send_request(tmp_path, "stack")
+    for path in (answer_path(tmp_path, old.id), request_path(tmp_path, stack.id)):
+        os.utime(path, (0, 0))
+    foreign = tmp_path / "control" / "notes.json"
+    foreign.touch()
+    os.utime(foreign, (0, 0))
+    Requests(tmp_path, is_main=True)
+    assert sorted((tmp_path / "control").iterdir()) == sorted([answer_path(tmp_path, new.id), foreign])
 
 
 def test_nobody_answers(tmp_path: Path) -> None:
