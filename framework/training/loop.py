@@ -112,7 +112,9 @@ def attempt_run(
     heart.beat("start")
     session = prepare(recipe, run, device, peers, signals, heart, supervision)
     hosts = list(dict.fromkeys(peers.gather(platform.node())))
-    signals.begin()  # all ranks are here, so none leaves and lets the others wait
+    # All ranks are here: from now on none leaves alone. One that a signal reaches between these two lines
+    # still does, and the others lose contact to it; nothing is trained yet.
+    signals.begin()
     attempt = peers.on_main(lambda: record_attempt(session, hosts))
     heart.begin(attempt, session.start, peers.collectives)
     recorder = Recorder(session, attempt)
