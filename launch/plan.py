@@ -24,7 +24,6 @@ from launch.submit import (
     check_recipe,
     plan_submission,
     refuse_if_active,
-    with_absolute_paths,
 )
 from launch.wishes import Wishes
 
@@ -86,9 +85,10 @@ def plan_run(
         SchedulerError: no Slurm, or its controller does not answer.
     """
     from framework.recipe import load_recipe
+    from framework.recipe.paths import with_absolute_paths
 
     site = load_site(site_file)
-    resolved = with_absolute_paths(load_recipe(recipe, overrides).recipe)
+    resolved = with_absolute_paths(load_recipe(recipe, overrides).recipe, Path.cwd())
     folder = (run or Path(site.runs) / resolved.name).resolve()
     submission = plan_submission(resolved, wishes, site, folder)
     check_recipe(fitted(resolved, folder, submission.ranks), submission)

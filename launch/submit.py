@@ -57,10 +57,11 @@ def prepare_run(
         SchedulerError: no Slurm, or its controller does not answer.
     """
     from framework.recipe import dump_yaml, load_recipe
+    from framework.recipe.paths import with_absolute_paths
     from framework.training.storage import explain_os_error, write_text
 
     site = load_site(site_file)
-    resolved = with_absolute_paths(load_recipe(recipe, overrides).recipe)
+    resolved = with_absolute_paths(load_recipe(recipe, overrides).recipe, Path.cwd())
     folder = (run or Path(site.runs) / resolved.name).resolve()
     submission = replace(plan_submission(resolved, wishes, site, folder), local=local)
     check_recipe(fitted(resolved, folder, submission.ranks), submission)
@@ -348,25 +349,3 @@ def register(folder: Path, recipe: Recipe, git: dict[str, str]) -> str | None:
 
     info = RunInfo(recipe_hash=recipe_hash(recipe), git=git, host="", supervised=True)
     return register_run(folder, recipe, info)
-
-
-def with_absolute_paths(recipe: Recipe) -> Recipe:
-    """The recipe with paths that mean the same wherever the job starts."""
-    values = recipe.model_dump()
-    for source in values["data"]["sources"].values():
-        for key in ("path", "validation"):
-            source[key] = _absolute(source.get(key))
-    init = values.get("init") or {}
-    for key in ("weights", "tubes", "encoder"):
-        if init.get(key):
-            init[key] = _absolute(init[key])
-    if init.get("image"):
-        init["image"]["run"] = _absolute(init["image"]["run"])
-    uri = values["tracking"]["uri"] or ""
-    if uri.startswith("sqlite:///") and not uri.startswith("sqlite:////"):
-        values["tracking"]["uri"] = f"sqlite:///{os.path.abspath(uri.removeprefix('sqlite:///'))}"
-    return Recipe.model_validate(values)
-
-
-def _absolute(path: str | None) -> str | None:
-    return path if path is None or "://" in path else os.path.abspath(path)

@@ -29,6 +29,7 @@ from pydantic import ValidationError
 from framework.data.plan import Plan
 from framework.errors import CheckpointError, RecipeError, TubeworksError
 from framework.recipe import dump_yaml, flatten, load_recipe, recipe_hash
+from framework.recipe.paths import with_absolute_paths
 from framework.recipe.schema import Recipe
 from framework.tracking.lock import RunLock
 from framework.tracking.sender import load_state
@@ -105,8 +106,8 @@ def open_run(
     """
     state = read_run(run) or {"version": VERSION, "name": recipe.name, "plan": plan.hash, "attempts": []}
     attempt = len(state["attempts"])
-    changed = _changes(run, recipe)
-    for line in changed:
+    changed = _changes(run, recipe, state["attempts"])
+    for line in changed.values():
         log.info("changed since the last attempt: %s", line)
     asked = recipe.train.accumulation
     if accumulation != asked:
@@ -125,7 +126,8 @@ def open_run(
             "ranks": world.size,
             "accumulation": accumulation,
             "asked_accumulation": asked,
-            "changed": changed,
+            "changed": list(changed.values()),
+            "folder": os.getcwd(),
             "host": platform.node(),
             "hosts": list(hosts),
             "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -133,6 +135,9 @@ def open_run(
     )
     write_text(run / "recipe.yaml", dump_yaml(recipe))
     write_json(run / "run.json", state)
+    for key in (key for key in changed if key.endswith(".validation")):
+        # Metrics before and after are of different samples.
+        append_event(run, "held_out_changed", start_step, change=changed[key])
     return attempt
 
 
@@ -290,24 +295,21 @@ def _refuse_changes(what: str, before: Recipe, recipe: Recipe) -> None:
         )
 
 
-def _changes(run: Path, recipe: Recipe) -> list[str]:
-    """What differs from the last attempt's recipe, line by line."""
+def _changes(run: Path, recipe: Recipe, attempts: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """What differs from the last attempt's recipe: dotted key and readable line.
+
+    Paths are compared as their attempts meant them: `train` keeps them as they were written, `launch submit`
+    makes them absolute. Without a record of the last attempt's working folder they are compared as written.
+    """
     if not (run / "recipe.yaml").exists():
-        return []
+        return {}
     before = load_recipe(str(run / "recipe.yaml")).recipe
-    old, new = flatten(before), flatten(recipe)
-    return [line for key, line in differences(before, recipe) if not _same_place(old.get(key), new.get(key))]
-
-
-def _same_place(old: Any, new: Any) -> bool:
-    """Whether a path was only made absolute, as `launch submit` does, whatever the working folder is now."""
-    if not (isinstance(old, str) and isinstance(new, str)):
-        return False
-    short, long = sorted((one.removeprefix("sqlite:///") for one in (old, new)), key=os.path.isabs)
-    if os.path.isabs(short) or not os.path.isabs(long):
-        return False
-    tail = os.path.normpath(short).lstrip("./")
-    return os.path.abspath(short) == os.path.normpath(long) or (tail != "" and long.endswith(f"/{tail}"))
+    folder = attempts[-1].get("folder") if attempts else None
+    if folder is None:
+        return dict(differences(before, recipe))
+    return dict(
+        differences(with_absolute_paths(before, Path(folder)), with_absolute_paths(recipe, Path.cwd()))
+    )
 
 
 def _other_sources(before: Mapping[str, Mapping[str, Any]], plan: Plan) -> str:

@@ -8,22 +8,22 @@ import pytest
 
 from framework.errors import DataError, RecipeError
 from framework.recipe import load_recipe
+from framework.recipe.paths import with_absolute_paths
 from launch.submission import Submission
-from launch.submit import check_recipe, with_absolute_paths
+from launch.submit import check_recipe
 
 
-def test_every_path_of_a_recipe_is_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_every_path_of_a_recipe_is_absolute(tmp_path: Path) -> None:
     changes = ["init={image: {run: runs/vit}}", "tracking.uri=sqlite:///runs/mlflow.db"]
     changes += ["data.sources.k400.path=shards/train", "data.sources.k400.validation=s3://bucket/val"]
-    found = with_absolute_paths(load_recipe("vivit_b_m1_k400", changes).recipe)
+    found = with_absolute_paths(load_recipe("vivit_b_m1_k400", changes).recipe, tmp_path)
     assert found.init is not None
     assert found.init.image is not None
     assert found.init.image.run == str(tmp_path / "runs/vit")
     assert found.tracking.uri == f"sqlite:///{tmp_path}/runs/mlflow.db"
     source = found.data.sources["k400"]
     assert (source.path, source.validation) == (str(tmp_path / "shards/train"), "s3://bucket/val")
-    assert with_absolute_paths(found) == found
+    assert with_absolute_paths(found, tmp_path / "elsewhere") == found
 
 
 def test_a_run_that_it_starts_from_must_be_there(tmp_path: Path) -> None:

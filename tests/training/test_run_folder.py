@@ -18,11 +18,10 @@ from data_tools.synth import SynthOptions, synthesize
 from framework.data.plan import Plan
 from framework.data.sources import build_plan, open_sources
 from framework.errors import RecipeError, TubeworksError
-from framework.recipe import dump_yaml
 from framework.recipe.schema import Recipe
-from framework.training import run_folder
-from framework.training.run_folder import check_continuation, differences, read_run
+from framework.training.run_folder import check_continuation, differences, open_run, read_run
 from framework.training.run_place import OWN_NAMES, check_place
+from framework.world import World
 
 
 def plan_of(run: Path) -> str:
@@ -183,18 +182,83 @@ def test_a_later_run_json_is_refused(tmp_path: Path) -> None:
         read_run(tmp_path)
 
 
+def changed_places(recipe: Recipe, place: Path | str, held_out: Path | str, uri: str) -> Recipe:
+    values = recipe.model_dump()
+    for source in values["data"]["sources"].values():
+        source |= {"path": str(place), "validation": str(held_out)}
+    return Recipe.model_validate(values | {"tracking": values["tracking"] | {"uri": uri}})
+
+
+def begin(run: Path, recipe: Recipe, plan: Plan, folder: Path) -> list[str]:
+    """Let an attempt begin in a working folder; what it says has changed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        open_run(run, recipe, World(), plan, 3, recipe.train.accumulation, [])
+    state = read_run(run)
+    assert state is not None
+    return [line.replace("data.sources.", "") for line in state["attempts"][-1]["changed"]]
+
+
 def test_a_path_made_absolute_is_no_change(tmp_path: Path, make_recipe: Callable[..., Recipe]) -> None:
     """`train` keeps paths as they were written, `launch submit` makes them absolute, and starts elsewhere."""
+    tiny, run = make_recipe(), tmp_path / "run"
+    plan, here, there = plan_for(tiny), tmp_path / "here", tmp_path / "there"
+    for folder in (run, here, there):
+        folder.mkdir()
+    written = changed_places(tiny, "shards/train", "shards/val", "sqlite:///m.db")
+    absolute = changed_places(tiny, here / "shards/train", here / "shards/val", f"sqlite:///{here}/m.db")
+    for recipe, folder in ((written, here), (absolute, there), (written, here)):
+        assert begin(run, recipe, plan, folder) == []
+    assert not (run / "events.jsonl").exists()
+    elsewhere = begin(run, written, plan, there)
+    assert f"motion.path: {here}/shards/train -> {there}/shards/train" in elsewhere
 
-    def of(place: str, uri: str) -> Recipe:
-        values = make_recipe().model_dump()
-        for source in values["data"]["sources"].values():
-            source["path"] = place
-        return Recipe.model_validate(values | {"tracking": values["tracking"] | {"uri": uri}})
 
-    (tmp_path / "recipe.yaml").write_text(dump_yaml(of("shards/train", "sqlite:///m.db")))
-    assert run_folder._changes(tmp_path, of("/home/me/shards/train", "sqlite:////home/me/m.db")) == []
-    (tmp_path / "recipe.yaml").write_text(dump_yaml(of("/home/me/shards/train", "sqlite:////home/me/m.db")))
-    assert run_folder._changes(tmp_path, of("./shards/train", "sqlite:///m.db")) == []
-    changed = run_folder._changes(tmp_path, of("/home/you/shards/train", "sqlite:///n.db"))
-    assert {line.partition(":")[0].rpartition(".")[2] for line in changed} == {"path", "uri"}
+def test_another_place_that_ends_alike_is_a_change(
+    tmp_path: Path, make_recipe: Callable[..., Recipe]
+) -> None:
+    tiny, run, there = make_recipe(), tmp_path / "run", tmp_path / "there"
+    plan = plan_for(tiny)
+    for folder in (run, there):
+        folder.mkdir()
+    begin(run, changed_places(tiny, "shards/train", "shards/val", "sqlite:///m.db"), plan, tmp_path)
+    moved = changed_places(tiny, there / "shards/train", there / "shards/val", f"sqlite:///{there}/m.db")
+    moved = moved.model_copy(update={"tracking": moved.tracking.model_copy(update={"experiment": "/a/tiny"})})
+    assert {line.partition(":")[0] for line in begin(run, moved, plan, tmp_path)} == {
+        *(f"{source}.{key}" for source in ("digits", "motion") for key in ("path", "validation")),
+        "tracking.experiment",
+        "tracking.uri",
+    }
+
+
+def test_other_held_out_samples_are_an_event(tmp_path: Path, make_recipe: Callable[..., Recipe]) -> None:
+    """The curve of a metric is of different samples before and after."""
+    tiny = make_recipe()
+    plan = plan_for(tiny)
+    begin(tmp_path, changed_places(tiny, "shards/train", "shards/val", "file:///m"), plan, tmp_path)
+    other = changed_places(tiny, "shards/train", "/mnt/other/shards/val", "file:///m")
+    assert len(begin(tmp_path, other, plan, tmp_path)) == 2
+    events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    assert [(event["kind"], event["step"], event["change"]) for event in events] == [
+        (
+            "held_out_changed",
+            3,
+            f"data.sources.{name}.validation: {tmp_path}/shards/val -> /mnt/other/shards/val",
+        )
+        for name in ("digits", "motion")
+    ]
+
+
+def test_without_a_record_of_the_folder_a_difference_is_a_change(
+    tmp_path: Path, make_recipe: Callable[..., Recipe]
+) -> None:
+    tiny = make_recipe()
+    plan = plan_for(tiny)
+    written = changed_places(tiny, "shards/train", "shards/val", "file:///m")
+    absolute = changed_places(tiny, tmp_path / "shards/train", "shards/val", "file:///m")
+    for recipe, changes in ((written, 0), (absolute, 2)):
+        begin(tmp_path, written, plan, tmp_path)
+        state = json.loads((tmp_path / "run.json").read_text())
+        del state["attempts"][-1]["folder"]
+        (tmp_path / "run.json").write_text(json.dumps(state))
+        assert len(begin(tmp_path, recipe, plan, tmp_path)) == changes
