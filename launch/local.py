@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from framework.errors import Hang, PeerLost, TubeworksError
-from framework.training.run_place import check_place, missing_folders, remove_empty
+from framework.training.run_place import check_place, has_begun, missing_folders, remove_empty
 from framework.training.storage import explain_os_error
 from framework.watch.postmortem import newest_postmortem
 from framework.world import World
@@ -52,6 +52,7 @@ def train_command(recipe: str, overrides: Sequence[str], ranks: int | None, run:
     """
     from framework.data.plan import check_shares
     from framework.recipe import load_recipe
+    from framework.recipe.patches import check_clips_are_divided
     from framework.recipe.tube_sets import check_tubes_are_read
     from framework.training.elastic import fitted
 
@@ -60,6 +61,8 @@ def train_command(recipe: str, overrides: Sequence[str], ranks: int | None, run:
     resolved = load_recipe(recipe, overrides)
     check_tubes_are_read(resolved.recipe)
     run = run or Path("runs") / resolved.recipe.name
+    if not has_begun(run):
+        check_clips_are_divided(resolved.recipe)
     world = World.from_env()
     if world is None:
         wanted = ranks or _gpus() or 1

@@ -299,18 +299,22 @@ def refuse_if_active(folder: Path) -> None:
 
 
 def check_recipe(recipe: Recipe, submission: Submission) -> None:
-    """What would otherwise fail after hours in the queue: tubes, batch and ranks, runs and shards.
+    """What would otherwise fail after hours in the queue: tubes, clips, batch and ranks, runs and shards.
 
     Errors:
-        RecipeError: a tube has nothing to read, the ranks cannot share the batch, or there is no such run as
-            `init` names.
+        RecipeError: a tube has nothing to read, patches do not divide the clips of a run that is new, the
+            ranks cannot share the batch, or there is no such run as `init` names.
         DataError: shards that cannot be opened.
     """
     from framework.data.manifest import Manifest
     from framework.data.plan import check_shares
+    from framework.recipe.patches import check_clips_are_divided
     from framework.recipe.tube_sets import check_tubes_are_read
+    from framework.training.run_place import has_begun
 
     check_tubes_are_read(recipe)
+    if not has_begun(Path(submission.run)):
+        check_clips_are_divided(recipe)
     check_shares(recipe.data.mixture, submission.ranks, recipe.train.accumulation, recipe.data.repeats)
     if recipe.init is not None and not newest_step(Path(submission.run)):
         image = recipe.init.image.run if recipe.init.image else None

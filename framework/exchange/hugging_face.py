@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from framework.models.registry import size_of
-from framework.models.video_registry import tube_of
 from framework.models.weights.formats import Format
+from framework.recipe.patches import tube_of
 from framework.recipe.schema import Model, Recipe
 
 __all__ = ["config_of", "preprocessor_of"]

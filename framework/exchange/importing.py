@@ -24,6 +24,7 @@ from framework.models.weights.files import read_weights
 from framework.models.weights.formats import Format
 from framework.recipe import dump_yaml, load_recipe, recipe_hash
 from framework.recipe.model_sections import family_of
+from framework.recipe.patches import check_clips_are_divided
 from framework.recipe.schema import Model, Recipe
 from framework.recipe.tube_sets import tubes_of
 from framework.training.checkpoint_manifest import WEIGHT
@@ -111,6 +112,7 @@ def import_weights(
     if (run / "recipe.yaml").exists() or (run / "checkpoints").exists():
         raise RecipeError(f"{run} is a run already; choose another --run folder")
     recipe = load_recipe(recipe_name, overrides).recipe
+    check_clips_are_divided(recipe)
     known, tensors = format_of(read_weights(file))
     _check_family(recipe, known, file)
     torch.manual_seed(recipe.seed)

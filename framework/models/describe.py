@@ -37,6 +37,7 @@ from framework.models.tubes import sub_stride
 from framework.models.tubevit import TubeViT
 from framework.models.video_model import VideoModel
 from framework.recipe import Recipe, load_recipe, recipe_names
+from framework.recipe.patches import check_clips_are_divided
 from framework.recipe.schema import Model, Tube
 
 __all__ = [
@@ -141,7 +142,12 @@ def describe_recipe(recipe: Recipe) -> dict[str, Any]:
     """Describe the model of a checked recipe; plain values only, ready for JSON.
 
     Nothing is allocated: the model is built on the meta device.
+
+    Errors:
+        RecipeError: no such model, or clips that its patches do not divide.
+        ModelError: a tube that does not fit.
     """
+    check_clips_are_divided(recipe)
     inputs = inputs_of(recipe)
     model = _on_meta(recipe)
     if isinstance(model, VideoModel | MTV):

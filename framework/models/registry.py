@@ -14,7 +14,8 @@ from framework.models.inputs import InputSpec, inputs_of
 from framework.models.scaleup import BridgedTokenizer, ScaledTubeViT
 from framework.models.tokenizer import TubeTokenizer
 from framework.models.tubevit import Size, TubeViT
-from framework.models.video_registry import build_video_model, tube_of, view_sizes
+from framework.models.video_registry import build_video_model, view_sizes
+from framework.recipe.patches import tube_of
 from framework.recipe.schema import MTV, AnyModel, Model, Tube
 from framework.recipe.tube_sets import tubes_of
 

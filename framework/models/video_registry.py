@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import TypedDict
 
 from torch import nn
 
-from framework.errors import ModelError, RecipeError
+from framework.errors import RecipeError
 from framework.models.inputs import InputSpec
 from framework.models.joint import Size
 from framework.models.mtv import MTV as MTVModel
 from framework.models.timesformer import Scheme
 from framework.models.timesformer import TimeSformer as TimeSformerModel
-from framework.models.tubes import AXES
 from framework.models.videomae import VideoMAE as VideoMAEModel
 from framework.models.videomae import VideoMAEPretraining
 from framework.models.vivit import FactorisedAttention, FactorisedEncoder, SpaceTime
-from framework.recipe.schema import MTV, Gelu, TimeSformer, Tube, VideoMAE, ViT, ViViT
+from framework.recipe.patches import AnyVideoModel, patch_of, tube_of, view_frames
+from framework.recipe.schema import MTV, Gelu, TimeSformer, ViT, ViViT
 
-__all__ = ["AnyVideoModel", "build_video_model", "tube_of", "view_sizes"]
+__all__ = ["build_video_model", "view_sizes"]
 
-AnyVideoModel = ViT | ViViT | TimeSformer | VideoMAE | MTV
-
-MTV_B = ((2, Size(768, 12, 12, 3072)), (4, Size(384, 12, 6, 1536)), (8, Size(192, 12, 3, 768)))
-"""B/2+S/4+Ti/8: frames of a tubelet, and the encoder (arXiv 2201.04288, §4.1)."""
+MTV_B = (Size(768, 12, 12, 3072), Size(384, 12, 6, 1536), Size(192, 12, 3, 768))
+"""The encoders of B/2+S/4+Ti/8 (arXiv 2201.04288, §4.1), in the order of `MTV_FRAMES`."""
 SCHEMES: dict[str, Scheme] = {"divided": "divided", "joint": "joint", "space": "space"}
 
 
@@ -34,9 +31,8 @@ def build_video_model(model: AnyVideoModel, size: Size, inputs: Mapping[str, Inp
 
     Errors:
         RecipeError: numbers that do not go together.
-        ModelError: a source that is smaller than a tubelet, or not divided by it; the message names it.
+        ModelError: a source that is smaller than a tubelet; the message names it.
     """
-    _check_division(model, inputs)
     if isinstance(model, MTV):
         return _build_mtv(model, inputs)
     if isinstance(model, ViViT):
@@ -61,27 +57,6 @@ class _Options(TypedDict):
 
 def _options(model: AnyVideoModel) -> _Options:
     return {"gelu": model.gelu, "stochastic_depth": model.stochastic_depth}
-
-
-def _check_division(model: AnyVideoModel, inputs: Mapping[str, InputSpec]) -> None:
-    """These models read a clip wholly; what does not fill a patch or tubelet would be cut off in silence.
-
-    Tubes of a TubeViT are sparse: they leave pixels out by design, and `describe` says how many.
-    """
-    if isinstance(model, MTV):
-        strides = (math.lcm(*_view_frames(model)), model.patch, model.patch)
-    else:
-        strides = tube_of(model).stride
-    for name, spec in inputs.items():
-        lengths = (("clip.frames", spec.frames), ("size", spec.size), ("size", spec.size))
-        for (key, length), step, unit in zip(lengths, strides, AXES, strict=True):
-            rest = length % step
-            if rest and length > step:
-                raise ModelError(
-                    f"data.sources.{name}.{key} is {length}, which {step} {unit} of {model.name} do not "
-                    f"divide: the last {rest} would never be read. Nearest that work: {length - rest} or "
-                    f"{length - rest + step}"
-                )
 
 
 def _build_vivit(model: ViViT, size: Size, inputs: Mapping[str, InputSpec]) -> nn.Module:
@@ -110,34 +85,12 @@ def _build_mtv(model: MTV, inputs: Mapping[str, InputSpec]) -> nn.Module:
         )
     return MTVModel(
         sizes,
-        [_patch(frames, model.patch) for frames in _view_frames(model)],
+        [patch_of(frames, model.patch) for frames in view_frames(model)],
         inputs,
         fusion_layers=model.fusion_layers,
         global_size=Size(width, model.global_depth, model.global_heads, model.global_mlp_width),
         **_options(model),
     )
-
-
-def tube_of(model: AnyVideoModel) -> Tube:
-    """The tubelet or patch of a model.
-
-    Errors:
-        RecipeError: a model with several.
-    """
-    if isinstance(model, MTV):
-        raise RecipeError("MTV has tubelets of several lengths, each with a tokenizer of its own")
-    if isinstance(model, TimeSformer):
-        return _patch(1, model.patch)
-    if isinstance(model, ViT):
-        return _patch(1, model.patch or (14 if model.name.startswith("vit_h") else 16))
-    if isinstance(model, ViViT) and model.embedding == "frames":
-        time, height, width = model.tubelet
-        return Tube(kernel=(1, height, width), stride=(time, height, width), offset=(time // 2, 0, 0))
-    return Tube(kernel=model.tubelet, stride=model.tubelet)
-
-
-def _patch(frames: int, pixels: int) -> Tube:
-    return Tube(kernel=(frames, pixels, pixels), stride=(frames, pixels, pixels))
 
 
 def view_sizes(model: MTV) -> list[Size]:
@@ -147,14 +100,10 @@ def view_sizes(model: MTV) -> list[Size]:
         RecipeError: a width that the heads do not divide.
     """
     if model.views is None:
-        return [size for _, size in MTV_B]
+        return list(MTV_B)
     for number, view in enumerate(model.views):
         if view.width % view.heads:
             raise RecipeError(
                 f"model.views.{number}: width {view.width} cannot be cut into {view.heads} heads"
             )
     return [Size(view.width, view.depth, view.heads, view.mlp_width) for view in model.views]
-
-
-def _view_frames(model: MTV) -> list[int]:
-    return [frames for frames, _ in MTV_B] if model.views is None else [view.frames for view in model.views]

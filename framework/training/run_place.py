@@ -8,7 +8,7 @@ from pathlib import Path
 
 from framework.errors import RecipeError
 
-__all__ = ["OWN_NAMES", "check_place", "missing_folders", "remove_empty"]
+__all__ = ["OWN_NAMES", "check_place", "has_begun", "missing_folders", "remove_empty"]
 
 OWN_NAMES = frozenset(
     (
@@ -64,6 +64,11 @@ def check_place(run: Path) -> None:
             f"{run} is no run, and holds {', '.join(others[:3])}{more}: choose a new or an empty folder "
             "with --run"
         )
+
+
+def has_begun(run: Path) -> bool:
+    """Whether a training has begun in the folder."""
+    return (run / "run.json").exists()
 
 
 def missing_folders(folder: Path) -> list[Path]:

@@ -33,11 +33,11 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "train"
 
 
-def submit(folder: Path, model: str, shards: Path) -> Path:
+def submit(folder: Path, model: str, shards: Path, *overrides: str) -> Path:
     recipe = folder / "tiny.yaml"
     recipe.write_text(RECIPE.format(model=model, shards=shards))
     run = folder / "run"
-    prepare_run(str(recipe), [], Wishes(ranks_per_node=1), None, run, local=True)
+    prepare_run(str(recipe), overrides, Wishes(ranks_per_node=1), None, run, local=True)
     return run
 
 
@@ -45,6 +45,19 @@ def test_tubes_that_nothing_reads(tmp_path: Path, shards: Path) -> None:
     with pytest.raises(RecipeError, match="tube"):
         submit(tmp_path, "tubevit_ti", shards)
     assert not (tmp_path / "run").exists()
+
+
+def test_clips_that_patches_do_not_divide_and_only_of_a_run_that_is_new(tmp_path: Path, shards: Path) -> None:
+    odd = "data.sources.digits.size=40"
+    with pytest.raises(RecipeError, match=r"digits\.size is 40, .*32 or 48"):
+        submit(tmp_path, "vit_ti", shards, odd)
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text('{"version": 1, "plan": "", "attempts": [{}]}')
+    (tmp_path / "run" / "recipe.yaml").write_text(
+        RECIPE.format(model="vit_ti", shards=shards).replace("size: 32", "size: 40")
+    )
+    assert (submit(tmp_path, "vit_ti", shards, odd) / "code").is_dir()
 
 
 def test_a_folder_of_something_else(tmp_path: Path, shards: Path) -> None:

@@ -191,11 +191,6 @@ def test_models_that_cannot_be(name: str, changes: dict[str, object], message: s
         build_model(section(name, **changes), {"clips": INPUTS["clips"]})
 
 
-def test_times_that_do_not_divide() -> None:
-    with pytest.raises(ModelError, match=r"frames is 14, which 4 frames of mtv_b do not.*12 or 16"):
-        make("mtv_b", {"clips": InputSpec("video", 14, 32, 5)})
-
-
 def test_mtv_begins_without_fusion_and_learns_it() -> None:
     """The last layer of the cross-view attention starts at zero, and gets a gradient at once."""
     inputs = {"clips": INPUTS["clips"]}
@@ -237,21 +232,3 @@ def test_pictures_of_a_model_find_its_tokenizer() -> None:
     )
     with pytest.raises(RecipeError, match="several lengths"):
         build_tokenizer(section("mtv_b"), INPUTS)
-
-
-@pytest.mark.parametrize(
-    ("name", "clip", "words"),
-    [
-        ("vit_ti", (1, 100), "size is 100, which 16 pixels of height of vit_ti do not.*last 4 .*96 or 112"),
-        ("vivit_ti_m1", (8, 33), "size is 33, .*32 or 48"),
-        ("vivit_ti_m2", (7, 32), r"clip\.frames is 7, which 2 frames of vivit_ti_m2 do not divide.*6 or 8"),
-        ("timesformer_ti_divided", (8, 40), "size is 40, .*32 or 48"),
-        ("videomae_ti", (5, 32), r"clip\.frames is 5, .*4 or 6"),
-        ("mtv_b", (12, 32), r"clip\.frames is 12, which 8 frames of mtv_b do not divide.*8 or 16"),
-    ],
-)
-def test_what_would_be_cut_off_in_silence_is_refused(name: str, clip: tuple[int, int], words: str) -> None:
-    frames, size = clip
-    spec = InputSpec("video" if frames > 1 else "image", frames, size, 5)
-    with pytest.raises(ModelError, match=rf"data\.sources\.odd\.{words}"):
-        build_model(SECTION.validate_python({"name": name}), {"odd": spec})

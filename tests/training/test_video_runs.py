@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from rank_processes import journalled, train_to_end
+from rank_processes import Job, command_line, journalled, start_training, train_to_end
 
 from framework.errors import RecipeError
 from framework.exchange.evaluate import evaluate_run
+from framework.exchange.exporting import export_run
 from framework.models.registry import build_model, inputs_of
+from framework.recipe import patches
 from framework.recipe.schema import Recipe
 from framework.training.checkpoint import load_weights, newest_valid
 from framework.training.initial import find_origins, load_initial
@@ -50,6 +52,29 @@ def shards_of(recipe_file: Path) -> Path:
     """The folder of shards that the tiny recipe reads."""
     (line,) = {line for line in recipe_file.read_text().splitlines() if "path: " in line}
     return Path(line.partition("path: ")[2]).parent
+
+
+def train_undivided(*arguments: str) -> None:
+    """`tubeworks train` as it was before clips that patches do not divide were refused."""
+    patches.check_clips_are_divided = lambda recipe: None
+    command_line("train", *arguments)
+
+
+def test_a_run_of_clips_that_patches_do_not_divide_goes_on_but_none_begins(
+    recipe_file: Path, shards: Path, tmp_path: Path
+) -> None:
+    digits = f"{{path: {shards}/train, validation: {shards}/val, kind: image, classes: 10, size: 18}}"
+    settings = (VIT, f"data.sources={{digits: {digits}}}", "data.mixture={digits: 8}", *SHORT)
+    run = tmp_path / "run"
+    refused = start_training(recipe_file, run, 1, *settings)
+    assert refused.wait() == [2]
+    assert "digits.size is 18, which 8 pixels of height of vit_ti do not divide" in refused.said()
+    assert not run.exists()
+    old = Job(1, tmp_path, train_undivided, str(recipe_file), *settings, "--run", str(run))
+    assert old.wait() == [0], old.said()[-3000:]
+    assert train_to_end(recipe_file, run, 1, *settings) == run
+    assert export_run(run, "safetensors", tmp_path / "out").files
+    assert evaluate_run(run, World(0, 1, 0, 1))
 
 
 def test_model_3_starts_from_an_image_run_and_trains(
