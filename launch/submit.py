@@ -63,7 +63,7 @@ def prepare_run(
     site = load_site(site_file)
     resolved = with_absolute_paths(load_recipe(recipe, overrides).recipe, Path.cwd())
     folder = (run or Path(site.runs) / resolved.name).resolve()
-    submission = replace(plan_submission(resolved, wishes, site, folder), local=local)
+    submission = plan_submission(resolved, wishes, site, folder, local=local)
     check_recipe(fitted(resolved, folder, submission.ranks), submission)
     if not submission.local and not slurm.is_available():
         raise slurm.SlurmMissing(
@@ -83,11 +83,13 @@ def prepare_run(
     return submission
 
 
-def plan_submission(recipe: Recipe, wishes: Wishes, site: Site, folder: Path) -> Submission:
-    """What will be asked of Slurm: the wishes, and the site's defaults for the rest.
+def plan_submission(
+    recipe: Recipe, wishes: Wishes, site: Site, folder: Path, *, local: bool = False
+) -> Submission:
+    """What will be asked of Slurm, or is done here: the wishes, and the site's defaults for the rest.
 
     Errors:
-        RecipeError: a wish that makes no sense, or a folder's name that Slurm cannot be given.
+        RecipeError: a wish that makes no sense, or a folder's name that cannot be given to what starts ranks.
     """
     said = site.model_dump() | wishes.given()
     try:
@@ -97,7 +99,7 @@ def plan_submission(recipe: Recipe, wishes: Wishes, site: Site, folder: Path) ->
     container = dict(said["container"]) if isinstance(said["container"], dict) else None
     if isinstance(said["container"], str):
         container = {**(site.container.model_dump() if site.container else {}), "image": said["container"]}
-    check_name(folder, container is not None)
+    check_name(folder, in_container=container is not None, local=local)
     names = (
         "nodes",
         "gpus_per_node",
@@ -118,19 +120,22 @@ def plan_submission(recipe: Recipe, wishes: Wishes, site: Site, folder: Path) ->
         container=container,
         setup=tuple(site.setup),
         srun=tuple(site.srun),
+        local=local,
         **{name: said[name] for name in names},
     )
 
 
-def check_name(folder: Path, in_container: bool) -> None:
-    """Make sure that Slurm's commands can be given this folder.
+def check_name(folder: Path, *, in_container: bool, local: bool = False) -> None:
+    """Make sure that Slurm's commands, and Python on any machine, can be given this folder.
 
     Errors:
         RecipeError: it has a character that means something else there, and that cannot be quoted everywhere.
     """
-    reasons = {":": "separates folders in PYTHONPATH", "%": "begins a pattern in the names of output files"}
-    reasons |= dict.fromkeys("\"'\\", "is a quotation mark in batch scripts")
-    if in_container:
+    reasons = {":": "separates folders in PYTHONPATH"}
+    if not local:
+        reasons["%"] = "begins a pattern in the names of Slurm's output files"
+        reasons |= dict.fromkeys("\"'\\", "is a quotation mark in batch scripts")
+    if in_container and not local:
         reasons[","] = "separates the mounts of a container"
     for character in str(folder):
         why = reasons.get(character, "" if character.isprintable() else "cannot be printed")
@@ -186,7 +191,7 @@ def executor_of(submission: Submission) -> Any:
     from submitit import SlurmExecutor
 
     run = Path(submission.run)
-    check_name(run, submission.container is not None)
+    check_name(run, in_container=submission.container is not None)
     try:
         executor = SlurmExecutor(folder=launch_folder(run) / "slurm")
     except RuntimeError as error:

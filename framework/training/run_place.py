@@ -41,6 +41,9 @@ OWN_NAMES = frozenset(
 )
 """What trainings and their launchers put into a run folder (docs/operators.md, "The run folder")."""
 
+OF_THE_DISK = "lost+found"
+"""A new ext4 disk has it, and may be mounted for a run."""
+
 LOGS = (".log", ".out", ".err")
 """Whoever starts a training may send its output there: `nohup`, a batch script."""
 
@@ -56,7 +59,9 @@ def check_place(run: Path) -> None:
     others = sorted(
         path.name
         for path in run.iterdir()
-        if path.name not in OWN_NAMES and not path.name.startswith(".") and path.suffix not in LOGS
+        if path.name not in OWN_NAMES | {OF_THE_DISK}
+        and not path.name.startswith(".")
+        and path.suffix not in LOGS
     )
     if others:
         more = f" and {len(others) - 3} more" if len(others) > 3 else ""

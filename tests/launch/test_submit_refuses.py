@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from framework.errors import RecipeError
-from launch.submit import prepare_run
+from launch.submit import check_name, prepare_run
 from launch.wishes import Wishes
 
 RECIPE = """\
@@ -73,3 +73,16 @@ def test_an_empty_folder_becomes_the_run(tmp_path: Path, shards: Path) -> None:
     run = submit(tmp_path, "vit_ti", shards)
     assert (run / "recipe.yaml").is_file()
     assert (run / "code").is_dir()
+
+
+@pytest.mark.parametrize("name", ["50%", "it's", 'a"b', "a,b", "a\\b"])
+def test_what_only_slurm_misreads_is_a_name_on_this_machine(name: str) -> None:
+    check_name(Path("/runs") / name, in_container=True, local=True)
+    with pytest.raises(RecipeError, match="cannot be used"):
+        check_name(Path("/runs") / name, in_container=True)
+
+
+def test_what_python_misreads_is_a_name_nowhere() -> None:
+    for local in (False, True):
+        with pytest.raises(RecipeError, match="':' separates folders in PYTHONPATH"):
+            check_name(Path("/runs/a:b"), in_container=False, local=local)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -145,7 +146,9 @@ def test_a_run_without_its_recipe_does_not_take_another(
             check_continuation(run, make_recipe(), plan_for(make_recipe()))
 
 
-@pytest.mark.parametrize("names", [(), ("logs", "launch", "code"), (".hidden", "nohup.out", "slurm-7.log")])
+@pytest.mark.parametrize(
+    "names", [(), ("logs", "launch", "code"), (".hidden", "nohup.out", "slurm-7.log"), ("lost+found",)]
+)
 def test_a_folder_that_a_launcher_has_made_is_welcome(tmp_path: Path, names: tuple[str, ...]) -> None:
     for name in names:
         (tmp_path / name).mkdir()
@@ -159,6 +162,14 @@ def test_all_that_a_run_leaves_is_known(trained: Path) -> None:
     check_place(trained)
     (trained / "notes.txt").unlink()
     assert read_run(trained) is not None
+
+
+def test_all_names_of_a_run_are_in_the_operators_table() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "operators.md").read_text(encoding="utf-8")
+    section = text.partition("\n## The run folder\n")[2].partition("\n## ")[0]
+    first = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
+    named = {name.partition("/")[0] for cell in first for name in re.findall("`([^`]+)`", cell)}
+    assert named >= OWN_NAMES
 
 
 @pytest.mark.parametrize("ranks", ["1", "2"])
