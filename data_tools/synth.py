@@ -75,6 +75,7 @@ class MotionClip:
 
     @property
     def size(self) -> int:
+        """About how many bytes the mp4 file will have."""
         return 1500 + self.canvas * self.canvas * self.frames // 8
 
     def read(self) -> bytes:
@@ -106,6 +107,7 @@ class DigitPicture:
 
     @property
     def size(self) -> int:
+        """About how many bytes the JPEG file will have."""
         return 400 + self.canvas * self.canvas // 2
 
     def read(self) -> bytes:

@@ -140,6 +140,8 @@ def parse_keys(block: str, free_text: Sequence[str] = FREE_TEXT) -> dict[str, st
 
 
 def parse_job(keys: Mapping[str, str]) -> Job:
+    """A job from the keys of `scontrol show job`; an element of an array has the number that users know."""
+
     def said(key: str) -> str:
         value = keys.get(key, "")
         return "" if value in NOTHING else value

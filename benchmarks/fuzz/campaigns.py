@@ -166,7 +166,7 @@ def same(reader: SampleReader, index: int, rows: list[tuple[int, torch.Tensor]])
     """Whether all that was served of a sample is what whole shards give for the same seed."""
     info = reader.info(index)
     return all(
-        torch.equal(pixels, torch.from_numpy(reader.training_view(info, seed).copy()).permute(3, 0, 1, 2))
+        torch.equal(pixels, torch.from_numpy(reader.training_views(info, [seed])[0]).permute(3, 0, 1, 2))
         for seed, pixels in rows
     )
 

@@ -61,7 +61,7 @@ def parse_manifest(path: Place, raw: bytes) -> ManifestFile:
     """
     try:
         content = json.loads(raw)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not JSON ({error}); copy the folder again or shard anew") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise DataError(f"{path}: not a manifest of shards (format is not {FORMAT!r})")

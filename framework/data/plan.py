@@ -295,11 +295,10 @@ def check_shares(
     if common % (world * accumulation) == 0:
         return
     uneven = [
-        f"{name}: {mixture[name]}" if count == mixture[name] else
-        f"{name}: {mixture[name]} ({count} samples, each in one piece with its {mixture[name] // count} rows)"
+        _share_in_words(name, mixture[name], count)
         for name, count in samples.items()
         if count % (world * accumulation) != 0
-    ]  # fmt: skip
+    ]
     ranks = _divisors(common // accumulation) if common % accumulation == 0 else []
     micros = _divisors(common // world) if common % world == 0 else []
     raise RecipeError(
@@ -308,6 +307,13 @@ def check_shares(
         f"With train.accumulation={accumulation} these numbers of ranks work: {_listed(ranks)}. "
         f"With {world} rank(s) these values of train.accumulation work: {_listed(micros)}."
     )
+
+
+def _share_in_words(name: str, rows: int, samples: int) -> str:
+    """What a source gives to a step."""
+    if rows == samples:
+        return f"{name}: {rows}"
+    return f"{name}: {rows} ({samples} samples, each in one piece with its {rows // samples} rows)"
 
 
 def _plan_hash(sources: Sequence[PlanSource], seed: int, block: int) -> str:

@@ -64,10 +64,6 @@ class SampleReader:
         """The error for a sample that cannot be used."""
         return self._shards.corrupt(info, reason)
 
-    def training_view(self, info: SampleInfo, seed: int) -> Pixels:
-        """The random view of a sample that `seed` decides; see `training_views`."""
-        return self.training_views(info, [seed])[0]
-
     def training_views(self, info: SampleInfo, seeds: Sequence[int], out: Pixels | None = None) -> Pixels:
         """Random views of a sample, one for each seed: clip, crop, flip, RandAugment, colours.
 

@@ -26,19 +26,19 @@ MEASURED_SAMPLES = 8
 def local_decode_costs(recipe: Recipe, count: int = MEASURED_SAMPLES) -> dict[str, float]:
     """`decode_costs` of the sources whose shards lie on this machine; nothing is fetched.
 
-    Shards that do not fit the recipe are told, and left to the estimate.
+    Shards that do not fit the recipe, or cannot be read, are told, and left to the estimate.
     """
-    sources = {}
+    costs: dict[str, float] = {}
     for name in recipe.data.mixture:
-        place = place_of(recipe.data.sources[name].path)
-        if not isinstance(place, Path) or not (place / MANIFEST_NAME).is_file():
-            continue
-        alone = recipe.data.model_copy(update={"mixture": {name: recipe.data.mixture[name]}})
         try:
-            sources |= open_sources(recipe.model_copy(update={"data": alone}))
+            place = place_of(recipe.data.sources[name].path)
+            if not isinstance(place, Path) or not (place / MANIFEST_NAME).is_file():
+                continue
+            alone = recipe.data.model_copy(update={"mixture": {name: recipe.data.mixture[name]}})
+            costs |= decode_costs(recipe, open_sources(recipe.model_copy(update={"data": alone})), count)
         except DataError as error:
             log.warning("what %s costs to decode is estimated: %s", name, error)
-    return decode_costs(recipe, sources, count)
+    return costs
 
 
 def decode_costs(recipe: Recipe, sources: Mapping[str, OpenSource], count: int) -> dict[str, float]:

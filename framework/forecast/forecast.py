@@ -79,7 +79,7 @@ def forecast(recipe: Recipe, hardware: Hardware, around: Surroundings) -> dict[s
         "step_s": step,
         "times": times,
         "bottleneck": _bottleneck(times, step),
-        "samples_per_s": {name: count / step for name, count in recipe.data.mixture.items()},
+        "samples_per_s": {name: count / step for name, count in recipe.data.samples.items()},
         "decode": {
             "ms": milliseconds,
             "origin": {name: _origin(name, around) for name in milliseconds},

@@ -32,7 +32,7 @@ from framework.models.describe_video import cost_of, describe_video_model, video
 from framework.models.inputs import InputSpec, inputs_of
 from framework.models.mtv import MTV
 from framework.models.registry import build_model, model_families, model_names
-from framework.models.tables import plain_table
+from framework.models.tables import clip_in_words, plain_table
 from framework.models.tubes import sub_stride
 from framework.models.tubevit import TubeViT
 from framework.models.video_model import VideoModel
@@ -151,12 +151,12 @@ def describe_recipe(recipe: Recipe) -> dict[str, Any]:
     inputs = inputs_of(recipe)
     model = _on_meta(recipe)
     if isinstance(model, VideoModel | MTV):
-        return describe_video_model(recipe, model, inputs)
+        return _with_repeats(recipe, describe_video_model(recipe, model, inputs))
     assert isinstance(model, TubeViT)
     parameters = asdict(count_parameters(model))
     total, tubes = parameters.pop("total"), parameters.pop("tubes")
     sources = {name: _describe_source(model, spec) for name, spec in inputs.items()}
-    return {
+    description = {
         "name": recipe.model.name,
         **asdict(model.size),
         **{key: getattr(recipe.model, key) for key in ("position", "pool", "kernels")},
@@ -171,6 +171,15 @@ def describe_recipe(recipe: Recipe) -> dict[str, Any]:
         ],
         "sources": sources,
     }
+    return _with_repeats(recipe, description)
+
+
+def _with_repeats(recipe: Recipe, description: dict[str, Any]) -> dict[str, Any]:
+    """The description, with how many views each source gives of a sample, where they are several."""
+    for name, source in description["sources"].items():
+        if (repeats := recipe.data.sources[name].repeats) > 1:
+            source["repeats"] = repeats
+    return description
 
 
 def _on_meta(recipe: Recipe) -> nn.Module:
@@ -287,7 +296,7 @@ def _source_table(description: dict[str, Any]) -> Table:
     result = plain_table("source", "clip", "classes", "tokens", "read", *costs)
     for name, source in description["sources"].items():
         cost = [f"{source['cost'][key]:.4g}" for key in ("mac", "flop", "hlo_half")]
-        clip = "{frames}x{size}x{size}".format(**source)
+        clip = clip_in_words(source)
         numbers = (str(source["classes"]), str(source["tokens"]), f"{source['coverage']:.1%}")
         result.add_row(name, clip, *numbers, *cost)
     return result

@@ -16,7 +16,7 @@ from torch import nn
 
 from framework.models.inputs import InputSpec
 from framework.models.mtv import MTV
-from framework.models.tables import plain_table
+from framework.models.tables import clip_in_words, plain_table
 from framework.models.video_model import VideoModel
 from framework.models.work import Work
 from framework.recipe.schema import Model, Recipe
@@ -92,8 +92,7 @@ def video_tables(description: dict[str, Any]) -> Group:
         grids.add_row(_times(grid["tubelet"]), *shapes)
     for name, source in description["sources"].items():
         cost = [f"{source['cost'][key]:.4g}" for key in ("mac", "flop", "hlo_half")]
-        clip = "{frames}x{size}x{size}".format(**source)
-        sources.add_row(name, clip, str(source["classes"]), str(source["tokens"]), *cost)
+        sources.add_row(name, clip_in_words(source), str(source["classes"]), str(source["tokens"]), *cost)
     return Group(size, parameters, grids, sources)
 
 

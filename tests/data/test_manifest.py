@@ -234,6 +234,9 @@ def test_damaged_or_foreign_files_are_refused(folder: Path) -> None:
     (folder / MANIFEST_NAME).write_text("{")
     with pytest.raises(DataError, match="not JSON"):
         Manifest.open(folder)
+    (folder / MANIFEST_NAME).write_bytes(b"[" * 100_000)
+    with pytest.raises(DataError, match="not JSON"):
+        Manifest.open(folder)
     (folder / MANIFEST_NAME).write_text("[]")
     with pytest.raises(DataError, match="not a manifest of shards"):
         Manifest.open(folder)

@@ -144,3 +144,27 @@ def test_decode_is_measured_where_the_shards_are_and_says_so(
     recipe = load_recipe("demo", here).recipe
     summary = summarize_plan(recipe, find_hardware("h100"), nodes=1, gpus_per_node=1, measured=3)
     assert summary["decode_measured"] == sorted(local_decode_costs(recipe)) == ["digits", "motion"]
+
+
+def test_shards_that_cannot_be_read_are_left_to_the_estimate(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    counts = {"train_videos": 4, "val_videos": 8, "train_images": 4, "val_images": 10}
+    synthesize(SynthOptions(tmp_path / "shards", size=16, frames=6, **counts))
+    for shard in (tmp_path / "shards" / "train").glob("*.tar"):
+        shard.unlink()
+    here = [f"data.sources.{name}.path={tmp_path}/shards/train" for name in ("digits", "motion")]
+    forecast_command("demo", here, "h100", nodes=1, gpus_per_node=1, decode_ms=[], as_json=True)
+    decode = json.loads(capsys.readouterr().out)["decode"]
+    assert decode["origin"] == {"motion": "estimated", "digits": "estimated"}
+    assert "what digits costs to decode is estimated" in caplog.text
+
+
+def test_samples_a_second_are_samples_and_not_their_views() -> None:
+    once = load_recipe("tubevit_b_k400_in1k", ("data.mixture={k400: 256, in1k: 256}",)).recipe
+    often = load_recipe(
+        "tubevit_b_k400_in1k", ("data.mixture={k400: 256, in1k: 256}", "data.sources.k400.repeats=4")
+    ).recipe
+    for recipe, samples in ((once, 256), (often, 64)):
+        found = predict(recipe, Surroundings(1, 8))
+        assert found["samples_per_s"]["k400"] * found["step_s"] == pytest.approx(samples)

@@ -11,7 +11,7 @@ import pytest
 
 from framework.errors import ModelError, RecipeError
 from framework.models.coverage import coverage
-from framework.models.describe import describe, search_command, search_tubes
+from framework.models.describe import describe, describe_command, search_command, search_tubes
 from framework.models.tubes import grids_of, sub_stride
 from framework.recipe.schema import Tube
 from framework.recipe.tube_sets import PAPER_TUBES, TUBE_SETS
@@ -189,3 +189,13 @@ def test_an_unknown_name_gets_the_nearest_and_the_families() -> None:
     assert "  timesformer_{ti,s,b,l,h}_{divided,joint,space}" in lines
     assert "  mtv_b" in lines
     assert all(len(line) < 100 for line in lines)
+
+
+@pytest.mark.parametrize("name", ["tubevit_b", "vit_b"])
+def test_several_views_of_a_sample_are_told(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    describe_command(name)
+    assert "views" not in capsys.readouterr().out
+    repeats = ["data.mixture={image: 8}", "data.sources.image.repeats=4"]
+    describe_command(name, repeats)
+    assert "4 views of 1x224x224" in capsys.readouterr().out
+    assert describe(name, repeats)["sources"]["image"]["repeats"] == 4
