@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib.util
 import io
 import os
+import shutil
 import sys
 import tarfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -20,6 +22,8 @@ import numpy as np
 import pytest
 from hypothesis import settings
 from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parent))  # for `batches`
 
 from framework.data.manifest import DatasetInfo, Manifest, ShardInfo
 from framework.data.manifest_writer import write_manifest
@@ -274,3 +278,20 @@ def flaky() -> ModuleType:
     sys.modules["flaky_server"] = module  # dataclasses look for it there
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def damaged(shards: Path, tmp_path: Path, flip_byte: Callable) -> Path:
+    """Shards with one flipped byte, in the clip of index 6."""
+    folder = Path(shutil.copytree(shards, tmp_path / "damaged"))
+    manifest = Manifest.open(folder)
+    flip_byte(folder, manifest, int(manifest.select("moves", "moves", "video")[6]))
+    return folder
+
+
+@pytest.fixture
+def no_worker_is_left_behind(helpers: Any) -> Iterator[None]:
+    before = helpers.descendants()
+    yield
+    gc.collect()
+    assert helpers.descendants() <= before
