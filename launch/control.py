@@ -13,6 +13,7 @@ import typer
 from framework.errors import TubeworksError
 from framework.watch.attempts import attempts_of
 from framework.watch.control import (
+    MOST_PROFILED,
     Request,
     is_count,
     read_answer,
@@ -48,8 +49,8 @@ def control_command(run: Path, command: str, argument: str | None, wait: float, 
         withdraw(run, request)
     if answer is None:
         raise TubeworksError(
-            f"nobody answered within {wait:.0f} s: the step is longer than that (--wait), or the job hangs "
-            f"(`tubeworks launch ctl {run} stack` shows where)"
+            f"nobody answered within {wait:.0f} s: the step is longer than that (--wait), a profile is being "
+            f"taken, or the job hangs (`tubeworks launch ctl {run} stack` shows where)"
         )
     if as_json:
         typer.echo(json.dumps({"done": answer.done, "text": answer.text, "step": answer.step}))
@@ -63,7 +64,7 @@ def _argument(command: str, argument: str | None) -> str:
     if command == "profile":
         text = argument or "3"
         if not is_count(text):
-            raise TubeworksError(f"profile takes a number of steps below a million, not {text!r}")
+            raise TubeworksError(f"profile takes a number of steps from 1 to {MOST_PROFILED}, not {text!r}")
         return text
     if command == "exclude":
         if not argument:

@@ -67,6 +67,7 @@ def train_command(recipe: str, overrides: Sequence[str], ranks: int | None, run:
     if world is None:
         wanted = ranks or _gpus() or 1
         if wanted > 1:
+            check_gpus(wanted, _gpus())
             # The ranks check this too, but each of them costs memory and seconds to start.
             suited = fitted(resolved.recipe, run, wanted)
             check_shares(suited.data.mixture, wanted, suited.train.accumulation, suited.data.repeats)
@@ -89,6 +90,19 @@ def train_command(recipe: str, overrides: Sequence[str], ranks: int | None, run:
         sys.stderr.write(f"error: {error}\n")
         return 0
     return exit_code_of(None, code, world, run)
+
+
+def check_gpus(ranks: int, gpus: int) -> None:
+    """Make sure that every rank of this machine gets a GPU of its own, where there are any.
+
+    Errors:
+        TubeworksError: there are fewer.
+    """
+    if 0 < gpus < ranks:
+        raise TubeworksError(
+            f"{ranks} ranks, and {gpus} GPU(s) here that no two can share: start --ranks {gpus}, or set "
+            "CUDA_VISIBLE_DEVICES to nothing and train on the CPUs"
+        )
 
 
 def _gpus() -> int:

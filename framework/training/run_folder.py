@@ -183,18 +183,19 @@ def held_alone(run: Path, peers: Peers, signals: SignalFlag) -> Iterator[None]:
     """
     lock = RunLock(run, ".training.lock")
     missing = missing_folders(run)
-    peers.on_main(lambda: take_alone(run, lock))
 
     def let_go() -> None:
         if peers.world.is_main:
             leave_no_trace(run, lock, missing)
         lock.release()
 
-    try:
-        with signals.before_leaving(lambda _number: let_go()):
+    # From before the lock is taken: a signal may end this process as soon as there is something to take away.
+    with signals.before_leaving(lambda _number: let_go()):
+        try:
+            peers.on_main(lambda: take_alone(run, lock))
             yield
-    finally:
-        let_go()
+        finally:
+            let_go()
 
 
 def leave_no_trace(run: Path, lock: RunLock, missing: Sequence[Path]) -> None:
@@ -206,8 +207,9 @@ def leave_no_trace(run: Path, lock: RunLock, missing: Sequence[Path]) -> None:
     """
     if (run / "run.json").exists():
         return
-    with contextlib.suppress(OSError):  # others' files, or a folder that cannot be written
-        lock.path.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # a folder that is not there, or that cannot be written
+        if lock.acquire():  # else it is another training's
+            lock.path.unlink(missing_ok=True)
     remove_empty([run, *missing[1:]])
 
 
@@ -226,9 +228,10 @@ def take_alone(run: Path, lock: RunLock) -> None:
         taken = lock.acquire()
     if not taken:
         attempts = (read_run(run) or {}).get("attempts") or [{}]
-        since = "on {host} since {started}".format(**{"host": "?", "started": "?", **attempts[-1]})
+        last = {"host": "?", "started": "?", **attempts[-1]}
+        since = "" if last.get("cause") else " (on {host} since {started})".format(**last)  # it only begins
         raise TubeworksError(
-            f"another training works in {run} ({since}): wait for it, stop it, or choose another --run folder"
+            f"another training works in {run}{since}: wait for it, stop it, or choose another --run folder"
         )
 
 

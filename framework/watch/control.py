@@ -32,6 +32,7 @@ __all__ = [
     "Mailbox",
     "Request",
     "excluded_nodes",
+    "MOST_PROFILED",
     "is_count",
     "read_answer",
     "send_request",
@@ -42,6 +43,8 @@ __all__ = [
 ]
 
 COMMANDS = ("checkpoint", "stack", "profile", "stop", "exclude")
+MOST_PROFILED = 100
+"""Steps of a profile: its trace grows with each of them, and other requests wait until it is written."""
 POLL_SECONDS = 1.0
 """How often rank 0 looks for a request; a look lists one small folder."""
 UNFETCHED_SECONDS = 3600.0
@@ -217,8 +220,8 @@ def serve_stacks(run: Path, rank: int, stacks: Callable[[], str]) -> None:
 
 
 def is_count(text: str) -> bool:
-    """Whether a text is a number of steps that an exchange between ranks can carry."""
-    return text.isascii() and text.isdigit() and len(text) < 7 and int(text) > 0
+    """Whether a text is a number of steps to profile: from 1 to `MOST_PROFILED`."""
+    return text.isascii() and text.isdigit() and len(text) < 7 and 0 < int(text) <= MOST_PROFILED
 
 
 def excluded_nodes(run: Path) -> list[str]:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from framework.errors import CheckpointError, RecipeError
+from framework.errors import CheckpointError, RecipeError, TubeworksError
 from framework.world import World
 from launch import local
 
@@ -186,6 +186,13 @@ def test_logs_that_cannot_be_made(tmp_path: Path) -> None:
 def test_only_gpus_that_may_be_used_count(monkeypatch: pytest.MonkeyPatch, visible: str, count: int) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert local._gpus() == count
+
+
+def test_more_ranks_than_gpus_are_refused() -> None:
+    local.check_gpus(2, 0)
+    local.check_gpus(2, 2)
+    with pytest.raises(TubeworksError, match="2 ranks, and 1 GPU"):
+        local.check_gpus(2, 1)
 
 
 def test_ranks_that_cannot_share_the_batch_are_not_started(

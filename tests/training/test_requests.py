@@ -56,7 +56,7 @@ def test_the_life_of_an_operator(
     (table,) = (run / "profiles").glob("*.txt")
     assert "aten::" in table.read_text()
 
-    with pytest.raises(TubeworksError, match="profile takes a number of steps below a million, not 'many'"):
+    with pytest.raises(TubeworksError, match="profile takes a number of steps from 1 to 100, not 'many'"):
         control_command(run, "profile", "many", 1, False)
     assert waiting_requests(run) == [], "answered requests are taken away"
 
