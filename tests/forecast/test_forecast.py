@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 
 from data_tools.synth import SynthOptions, synthesize
+from framework.data.sources import open_sources
 from framework.errors import RecipeError
+from framework.forecast import decode as decode_module
 from framework.forecast.command import forecast_command
 from framework.forecast.data import summarize_plan
 from framework.forecast.decode import local_decode_costs
@@ -147,17 +149,30 @@ def test_decode_is_measured_where_the_shards_are_and_says_so(
 
 
 def test_shards_that_cannot_be_read_are_left_to_the_estimate(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """They are there when the source is opened, and gone when samples are read."""
     counts = {"train_videos": 4, "val_videos": 8, "train_images": 4, "val_images": 10}
     synthesize(SynthOptions(tmp_path / "shards", size=16, frames=6, **counts))
-    for shard in (tmp_path / "shards" / "train").glob("*.tar"):
-        shard.unlink()
+
+    def open_and_lose(recipe: Recipe) -> Any:
+        opened = open_sources(recipe)
+        for shard in (tmp_path / "shards" / "train").glob("*.tar"):
+            shard.rename(shard.with_suffix(".gone"))
+        lost.append(sorted(opened))
+        return opened
+
+    lost: list[list[str]] = []
+    monkeypatch.setattr(decode_module, "open_sources", open_and_lose)
     here = [f"data.sources.{name}.path={tmp_path}/shards/train" for name in ("digits", "motion")]
     forecast_command("demo", here, "h100", nodes=1, gpus_per_node=1, decode_ms=[], as_json=True)
     decode = json.loads(capsys.readouterr().out)["decode"]
     assert decode["origin"] == {"motion": "estimated", "digits": "estimated"}
-    assert "what digits costs to decode is estimated" in caplog.text
+    assert lost, "a source was opened, so that reading is what fails"
+    assert "costs to decode is estimated" in caplog.text
 
 
 def test_samples_a_second_are_samples_and_not_their_views() -> None:
