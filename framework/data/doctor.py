@@ -55,10 +55,10 @@ def diagnose(metrics: Mapping[str, float], workers: int, ranks_here: int, cores:
     short = needed - workers
     free = cores // max(1, ranks_here) - 1
     room = "" if needed <= free else f"; this machine has {max(0, free) or 'none'} beside the rank's own"
-    cores = f"{short} more {'core' if short == 1 else 'cores'} per rank"
+    more = f"{short} more {'core' if short == 1 else 'cores'} per rank"
     return Verdict(
         stage,
         short,
         f"{stage}-bound: waiting {wait:.0%} of the time, {stages[stage] / made:.0%} of the workers' time is "
-        f"{stage}; {cores} (data.workers={needed}{room}), or {STAGE_ADVICE[stage]}",
+        f"{stage}; {more} (data.workers={needed}{room}), or {STAGE_ADVICE[stage]}",
     )
