@@ -51,7 +51,7 @@ def diagnose(metrics: Mapping[str, float], workers: int, ranks_here: int, cores:
             f"keeps up: waiting {wait:.0%} of the time, {max(1, workers)} workers a rank {busy:.0%} busy",
         )
     stage = max(stages, key=lambda name: stages[name])
-    needed = max(math.ceil(made / computing), workers + 1)
+    needed = max(math.ceil(made / computing * (1 - 1e-9)), workers + 1)  # what rounding adds is no worker
     short = needed - workers
     free = cores // max(1, ranks_here) - 1
     room = "" if needed <= free else f"; this machine has {max(0, free) or 'none'} beside the rank's own"
