@@ -145,16 +145,17 @@ def run_ranks(arguments: Sequence[str], ranks: int, logs: Path) -> int:
         CheckpointError: the log folder cannot be made.
     """
     missing = missing_folders(logs.parent)
-    with explain_os_error(logs):
-        logs.mkdir(parents=True, exist_ok=True)
     command = rank_command(arguments)
     port = free_port()
     began = time.time()
     processes: list[subprocess.Popen[bytes]] = []
-    handlers = _forward_signals(processes, listening=listens(arguments))
-    # What comes before all ranks are there is passed on when they are.
+    handlers: dict[int, Any] = {}
+    # What comes from here on, where there is something to take away, is passed on when all ranks are there.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, HELD)
     try:
+        with explain_os_error(logs):
+            logs.mkdir(parents=True, exist_ok=True)
+        handlers = _forward_signals(processes, listening=listens(arguments))
         for rank in range(ranks):
             world = World(rank, ranks, rank, ranks)
             environment = rank_environment(world, port, os.environ)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+import signal
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from framework.errors import TubeworksError
 from framework.recipe.schema import Recipe
-from framework.training.signals import SignalFlag
+from framework.training.signals import HANDLED, SignalFlag
 from framework.training.supervision import GOES_ON, Supervision
 from framework.watch.heart import Heart, start_heart
 from framework.world import World
@@ -28,7 +29,8 @@ def train_rank(recipe: Recipe, run: Path, world: World, supervision: Supervision
     Errors:
         TubeworksError: with a message for the user.
     """
-    # Forked, so before there are threads.
+    # The heart's sentinel is forked, so it comes before there are threads, and it must not die of a Ctrl-C.
+    signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED)
     heart = start_heart(
         run,
         recipe.guards.hang_seconds,
