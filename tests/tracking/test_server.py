@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import socket
 import time
 from collections.abc import Callable
@@ -71,7 +72,9 @@ def test_a_server_that_is_killed_and_comes_back_misses_and_doubles_no_point(
     assert len(points_in(run)["train/loss"]) == 1500
     assert MlflowClient(tracking_uri=own_server.uri).get_run(state["run_id"]).info.status == "FINISHED"
     (warning,) = [r.getMessage() for r in caplog.records if "cannot be reached" in r.getMessage()]
-    assert "Connection refused" in warning, "one warning per outage, with the reason"
+    # Killed between two calls it refuses the next; killed in the middle of one, that one breaks.
+    reasons = "Connection (refused|broken|aborted|reset)|Remote end closed connection"
+    assert re.search(reasons, warning), "one warning per outage, with the reason"
     assert caplog.text.count("answers again after") == 1
 
 
