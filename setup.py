@@ -44,6 +44,7 @@ setup(
         "deepspeed>=0.19,<0.20",
         "einops>=0.8,<1",
         "fsspec[http]>=2025.3",
+        "isal>=1.7,<2",
         "matplotlib>=3.9,<4",
         "mlflow>=3.7,<4",
         "numpy>=2.1,<3",

@@ -5,8 +5,9 @@
 Makes its own data: 720p sources of 10 s, sharded with each preset by `tubeworks data shard`. Every contender
 makes the same thing, 32 frames with stride 2 from a random place, a random crop of 224x224, in one thread of
 one process. Contenders take turns of a few clips, this loader and the bare loop with the same clips, and what
-counts is processor time, so that other work on the machine slows all of them alike. Memory is that of a fresh
-process, for itself alone.
+counts is processor time, so that other work on the machine slows all of them alike. "In a data worker" is this
+loader with one worker, whose processor time counts with that of the process which takes its clips. Memory is
+that of a fresh process, for itself alone.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from typing import Any, cast
 
 import av
 import numpy as np
+import psutil
 import torch
 import webdataset
 from PIL import Image
@@ -38,7 +40,7 @@ from framework.data.augment import random_box, resize
 from framework.data.clips import random_clip
 from framework.data.loader import training_batches
 from framework.data.manifest import Manifest
-from framework.data.nursery import worker_memory
+from framework.data.nursery import keep_freed_memory, worker_memory
 from framework.data.randomness import Draws, sample_seed
 from framework.data.sources import build_plan, open_sources
 from framework.data.video import VideoRequest, decode_video
@@ -88,7 +90,7 @@ def make_shards(folder: Path, films: Sequence[bytes], presets: Sequence[str]) ->
         subprocess.run([*command, "--out", str(folder / preset)], check=True, stdout=subprocess.DEVNULL)
 
 
-def recipe_of(folder: Path, repeats: int = 1, clips: int = 1_000_000) -> Recipe:
+def recipe_of(folder: Path, repeats: int = 1, clips: int = 1_000_000, workers: int = 0) -> Recipe:
     """One video a step from the shards of a folder, with so many views of it."""
     source = {
         "path": str(folder),
@@ -101,16 +103,16 @@ def recipe_of(folder: Path, repeats: int = 1, clips: int = 1_000_000) -> Recipe:
         {
             "name": "benchmark",
             "model": {"name": "tubevit_ti"},
-            "data": {"sources": {"clips": source}, "mixture": {"clips": repeats}, "workers": 0},
+            "data": {"sources": {"clips": source}, "mixture": {"clips": repeats}, "workers": workers},
             "optimizer": {"lr": 0.001},
             "train": {"steps": clips},
         }
     )
 
 
-def product(folder: Path, repeats: int = 1, clips: int = 1_000_000) -> Clips:
+def product(folder: Path, repeats: int = 1, clips: int = 1_000_000, workers: int = 0) -> Clips:
     """This loader: plan, checksum, decode, crop, flip, batch."""
-    recipe = recipe_of(folder, repeats, clips)
+    recipe = recipe_of(folder, repeats, clips, workers)
     sources = open_sources(recipe)
     plan = build_plan(recipe, sources)
     batches = training_batches(recipe, sources, plan, World(), start_step=0, stop_step=clips)
@@ -275,6 +277,36 @@ def repeated(folder: Path, clips: int, rounds: int) -> dict[str, dict[str, float
     return {str(repeats): spread(found) for repeats, found in times.items()}
 
 
+def in_a_data_worker(folder: Path, rounds: int, clips: int = 10) -> dict[str, Any]:
+    """Processor milliseconds of a clip that a worker makes, and the bare loop's beside it."""
+    limit, made = bare_loop(folder), product(folder, workers=1)
+    processor_time(limit, 2)
+    next(made)
+    workers = [child for child in psutil.Process().children(recursive=True) if not child.children()]
+    found: dict[str, list[float]] = {"bare loop": [], "tubeworks": []}
+    for _ in range(rounds):
+        found["bare loop"].append(processor_time(limit, clips) * 1e3)
+        before = time_when_idle(workers)
+        own = processor_time(made, clips)
+        found["tubeworks"].append((own + (time_when_idle(workers) - before) / clips) * 1e3)
+    ratios = [bare / ours for bare, ours in zip(found["bare loop"], found["tubeworks"], strict=True)]
+    return {**{name: spread(values) for name, values in found.items()}, "of the limit": spread(ratios)}
+
+
+def time_when_idle(workers: Sequence[psutil.Process]) -> float:
+    """Processor seconds of workers so far, once they have made what they were asked for ahead of time."""
+
+    def spent() -> float:
+        return sum(int(Path(f"/proc/{one.pid}/schedstat").read_text().split()[0]) for one in workers) / 1e9
+
+    before = spent()
+    while True:
+        time.sleep(0.3)
+        if (now := spent()) == before:
+            return now
+        before = now
+
+
 def others() -> dict[str, str]:
     """Whether the other loaders that people use can be imported here, and if not, why."""
     found = {}
@@ -301,6 +333,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    keep_freed_memory()  # as data workers do; all contenders gain by it
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         make_shards(folder / "large", [film(seed, SIZE, COUNT) for seed in range(arguments.films)], PRESETS)
@@ -315,6 +348,10 @@ def main() -> None:
             "clip": "32 frames, stride 2, of 10 s at 1280x720 and 30 frames/s; random crop to 224x224",
             **compare(folder / "large", arguments.clips, arguments.rounds),
             "ms_of_a_view_by_repeats": repeated(folder / "large" / "fast", arguments.clips, arguments.rounds),
+            "ms_in_a_data_worker": {
+                preset: in_a_data_worker(folder / "large" / preset, max(4, arguments.rounds // 3))
+                for preset in PRESETS
+            },
             "others": others(),
         }
         print(json.dumps(result, indent=1), flush=True)

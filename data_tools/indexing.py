@@ -11,11 +11,12 @@ import json
 import os
 import tarfile
 import unicodedata
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from isal.isal_zlib import crc32
 
 from data_tools.importers.archive import open_archive, refusal, whole_archive
 from data_tools.items import IMAGE_SUFFIXES, VIDEO_SUFFIXES, Failure
@@ -224,7 +225,7 @@ def _row(task: _Task, sample: _Sample) -> list[Any]:
     data = _bytes(task.path, sample.medium)
     media = probe(data, task.kind, sample.extension.lower())
     return [
-        sample.key, sample.medium.offset_data, len(data), zlib.crc32(data), media.width, media.height,
+        sample.key, sample.medium.offset_data, len(data), crc32(data), media.width, media.height,
         media.frames, media.fps, list(media.keyframes), sample.extension, _label(task, sample),
     ]  # fmt: skip
 

@@ -12,10 +12,11 @@ import io
 import json
 import os
 import tarfile
-import zlib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from isal.isal_zlib import crc32
 
 from data_tools.items import Failure, Item
 from data_tools.pool import Advance
@@ -217,7 +218,7 @@ def _add_sample(archive: tarfile.TarFile, item: Item, dataset: str, data: bytes,
         "key": item.key,
         "offset": offset,
         "length": len(data),
-        "crc32": zlib.crc32(data),
+        "crc32": crc32(data),
         "dataset": item.dataset,
         "kind": KINDS.index(item.kind),
         "label": item.label,

@@ -7,7 +7,6 @@ import math
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.nn import functional
 
 from framework.data.randomness import Draws
 from framework.data.video import Box
@@ -59,11 +58,21 @@ def view_boxes(height: int, width: int, views: int) -> list[Box]:
     return [Box(start, 0, side, side) if height > width else Box(0, start, side, side) for start in starts]
 
 
-def resize(frames: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
-    """Bilinear with antialiasing: (n, height, width, 3) to (n, size, size, 3)."""
+def resize(frames: NDArray[np.uint8], size: int, out: NDArray[np.uint8] | None = None) -> NDArray[np.uint8]:
+    """Bilinear with antialiasing: (n, height, width, 3) to (n, size, size, 3).
+
+    The result is written into `out`, which is returned; by default it is new memory, or `frames` themselves
+    where they have that size.
+    """
     if frames.shape[1:3] == (size, size):
-        return frames
+        if out is None:
+            return frames
+        out[...] = frames
+        return out
+    if out is None:
+        out = np.empty((len(frames), size, size, 3), np.uint8)
     # Channels last is how the frames lie; torch then takes its 8-bit integer path, 5 times as fast as Pillow.
-    pixels = torch.from_numpy(frames).permute(0, 3, 1, 2)
-    resized = functional.interpolate(pixels, size=(size, size), mode="bilinear", antialias=True)
-    return resized.permute(0, 2, 3, 1).numpy()
+    # It is the operator behind `interpolate(mode="bilinear", antialias=True)`, which itself takes no `out`.
+    pixels, resized = (torch.from_numpy(one).permute(0, 3, 1, 2) for one in (frames, out))
+    torch.ops.aten._upsample_bilinear2d_aa.out(pixels, [size, size], False, None, None, out=resized)
+    return out

@@ -22,7 +22,7 @@ from framework.data.plan import Plan
 from framework.data.pool import Care, Failure, Items, Lost, in_order, pixel_memory
 from framework.data.prefetch import start_prefetching
 from framework.data.quarantine import Quarantine, Quarantined
-from framework.data.randomness import sample_seed, sample_seeds
+from framework.data.randomness import sample_seed
 from framework.data.samples import SampleReader
 from framework.data.sources import OpenSource
 from framework.errors import CorruptSample, DataError, TubeworksError
@@ -222,29 +222,28 @@ class _TrainingBatches:
         rows, repeats = len(indices) * source.repeats, source.repeats
         pixels = pixel_memory((rows, source.frames, source.size, source.size, 3))
         labels = new_labels(source.targets, rows)
-        used, views = np.array(indices, np.int64), np.zeros((len(indices), repeats), np.int64)
+        used, seeds = np.array(indices, np.int64), np.empty(rows, np.uint64)
         for place, epoch in enumerate(epochs):
             own = slice(place * repeats, (place + 1) * repeats)
-            info, used[place], views[place] = self._sample(
+            info, used[place], seeds[own] = self._sample(
                 name, int(epoch), int(indices[place]), batch, pixels[own].numpy()
             )
             labels[own] = label_row(source.targets, info)
             progress.rest()
         epochs, indices, used = (np.repeat(column, repeats) for column in (epochs, indices, used))
-        seeds = sample_seeds(self.recipe.seed, name, epochs, used, views.ravel()).view(np.int64)
         return Group(
             pixels.permute(0, 4, 1, 2, 3),
             labels,
             torch.from_numpy(used),
             torch.from_numpy(np.array(epochs, np.int64)),
             torch.from_numpy(np.array(indices, np.int64)),
-            torch.from_numpy(seeds),
+            torch.from_numpy(seeds.view(np.int64)),
         )
 
     def _sample(
         self, name: str, epoch: int, index: int, batch: Batch, out: np.ndarray
-    ) -> tuple[SampleInfo, int, range]:
-        """Write the views of a sample, or its substitute's, into `out`; its entry, index and view numbers."""
+    ) -> tuple[SampleInfo, int, list[int]]:
+        """Write the views of a sample, or its substitute's, into `out`; its entry, index and views' seeds."""
         repeats = self.recipe.data.sources[name].repeats
         reader, used, corrupt = self._readers[name], index, 0
         for attempt in range(_MAX_ATTEMPTS):
@@ -258,7 +257,7 @@ class _TrainingBatches:
                     if reason := self._lost.get((name, used)):
                         raise reader.corrupt(info, reason)
                     reader.training_views(info, seeds, out)
-                    return info, used, views
+                    return info, used, seeds
                 except CorruptSample as error:
                     if self.recipe.data.on_corrupt == "stop":
                         raise
@@ -342,6 +341,7 @@ class _EvaluationBatches:
         labels = new_labels(source.targets, rows)
         try:
             pixels = pixel_memory(shape)
+            pixels[torch.from_numpy(~valid)] = 0
             for row in np.flatnonzero(valid):
                 info = self._reader.info(int(index[row]))
                 progress.begin_sample(0, int(index[row]))

@@ -24,11 +24,12 @@ from typing import Any
 import torch
 
 from framework.data import progress
-from framework.data.messages import Closed, receive, send
+from framework.data.messages import Closed, receive, send, take_back
 
-__all__ = ["Nursery", "leave_signals_to_the_rank", "worker_memory"]
+__all__ = ["Nursery", "keep_freed_memory", "leave_signals_to_the_rank", "worker_memory"]
 
 _SET_DEATH_SIGNAL = 1  # prctl's PR_SET_PDEATHSIG
+_KEPT_BYTES = {-1: 1 << 26, -3: 1 << 25}  # mallopt's M_TRIM_THRESHOLD, M_MMAP_THRESHOLD (which has no more)
 _COMMAND = struct.Struct("<cq")
 _ANSWER = struct.Struct("<qq")
 _REAP_SECONDS = 10.0
@@ -37,7 +38,10 @@ Make = Callable[[int], Any]
 
 
 class Nursery:
-    """Forks workers that answer ("make", number) with make(number), and hand ("told", value) to `told`."""
+    """Forks workers that answer ("make", (number, released)) with make(number).
+
+    `released` is for `take_back`; the value of ("told", value) is handed to `told`.
+    """
 
     def __init__(self, make: Make, told: Callable[[Any], None] | None, board: progress.Board) -> None:
         self._control, theirs = socket.socketpair()
@@ -99,6 +103,7 @@ def _nursery(
     others.close()
     leave_signals_to_the_rank(parent)
     gc.freeze()  # pages that no collection touches stay shared with the workers
+    keep_freed_memory()
     children: set[int] = set()
     while True:
         what, number = _command(control)
@@ -156,6 +161,13 @@ def leave_signals_to_the_rank(parent: int) -> None:
         os._exit(1)
 
 
+def keep_freed_memory() -> None:
+    """Let this process reuse what one clip has freed for the next, without asking the kernel for pages."""
+    with contextlib.suppress(AttributeError):  # not glibc, whose malloc it is
+        for option, value in _KEPT_BYTES.items():
+            ctypes.CDLL(None).mallopt(option, value)
+
+
 def _worker(
     connection: socket.socket,
     parent: int,
@@ -176,8 +188,10 @@ def _worker(
                 if told is not None:
                     told(value)
                 continue
+            number, released = value
+            take_back(released)
             progress.rest()
-            send(connection, (value, *_made(make, value), worker_memory()))
+            send(connection, (number, *_made(make, number), worker_memory()))
             progress.rest()
     except Closed:
         code = 0

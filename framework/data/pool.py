@@ -135,7 +135,7 @@ def in_order(
 
 
 def pixel_memory(shape: Sequence[int]) -> torch.Tensor:
-    """Zeroed uint8 memory for an item; in a worker shared memory, which the rank takes over without a copy.
+    """Uint8 memory for an item to fill; in a worker shared memory, which the rank takes over without a copy.
 
     Errors:
         DataError: there is not enough memory.
@@ -144,7 +144,7 @@ def pixel_memory(shape: Sequence[int]) -> torch.Tensor:
     try:
         if progress.in_worker():
             return messages.shared_memory(size).view(tuple(shape))
-        return torch.zeros(tuple(shape), dtype=torch.uint8)
+        return torch.empty(tuple(shape), dtype=torch.uint8)
     except (RuntimeError, OSError, OverflowError, ValueError) as error:
         text = " x ".join(map(str, shape))
         raise DataError(
@@ -175,6 +175,7 @@ class _Worker:
     quiet: float = 0.0
     """Seconds that its rank has waited without a sign of life."""
     memory: int = 0
+    borrowed: messages.Borrowed = field(default_factory=messages.Borrowed)
 
 
 class _RemoteError(Exception):
@@ -276,7 +277,7 @@ class _Pooled(Items[Item]):
 
     def _give(self, worker: _Worker, number: int) -> None:
         worker.tasks.append(number)
-        self._say(worker, ("make", number))
+        self._say(worker, ("make", (number, worker.borrowed.released())))
 
     def _say(self, worker: _Worker, message: Any) -> None:
         with contextlib.suppress(messages.Closed):  # it is dead, which shows when its answer is read
@@ -290,7 +291,7 @@ class _Pooled(Items[Item]):
             worker: _Worker = key.data
             arrived = time.perf_counter()
             try:
-                number, item, defect, worker.memory = messages.receive(worker.connection)
+                number, item, defect, worker.memory = messages.receive(worker.connection, worker.borrowed)
             except messages.Closed:
                 self._bury(worker, hung=False)
                 continue

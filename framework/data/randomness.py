@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Draws", "mix", "mix_arrays", "sample_seed", "sample_seeds", "stream_key"]
+__all__ = ["Draws", "mix", "mix_arrays", "sample_seed", "stream_key"]
 
 Item = TypeVar("Item")
 Words = NDArray[np.uint64]
@@ -67,11 +67,6 @@ def mix_arrays(key: int, *values: Any) -> Words:
 def sample_seed(seed: int, source: str, epoch: int, index: int, view: int = 0) -> int:
     """The seed (64 bits, unsigned) of all random decisions about one view of one sample in one epoch."""
     return mix(stream_key("sample", seed, source), epoch, index, view)
-
-
-def sample_seeds(seed: int, source: str, epoch: Any, index: Any, view: Any = 0) -> Words:
-    """`sample_seed` for arrays of epochs, indices and views that broadcast together; uint64."""
-    return mix_arrays(stream_key("sample", seed, source), epoch, index, view)
 
 
 class Draws:

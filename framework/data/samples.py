@@ -74,9 +74,12 @@ class SampleReader:
             CorruptSample: bytes that are not those of the manifest, or that do not decode.
             DataError: the shard cannot be read.
         """
-        made = self._views(info, [self._random_view(info, seed) for seed in seeds], out)
+        views = [self._random_view(info, seed) for seed in seeds]
+        made = self._views(info, views, out)
         with self._timed("augment"):
-            for pixels, seed in zip(made, seeds, strict=True):
+            for view, pixels, seed in zip(views, made, seeds, strict=True):
+                if view.mirrored:
+                    _mirror(pixels)
                 self._augment(pixels, seed)
         return made
 
@@ -163,7 +166,7 @@ class SampleReader:
             )
         with self._timed("augment"):
             for view, rows in zip(views, out, strict=True):
-                _put(self._cut(image[None], view.box), [0], view, rows)
+                resize(_part(image[None], view.box), self._opened.source.size, rows)
 
     def _video_views(self, info: SampleInfo, data: bytes, views: Sequence[_View], out: Pixels) -> None:
         wanted = sorted({index for view in views for index in view.frames})
@@ -173,24 +176,32 @@ class SampleReader:
         chunks = decode_video(data, request)
         while True:
             with self._timed("decode"):
-                indices, chunk = next(chunks, (None, None))
-            if indices is None or chunk is None:
+                found, chunk = next(chunks, (None, None))
+            if found is None or chunk is None:
                 return
+            indices = found.tolist()
             with self._timed("augment"):
                 for box in boxes:
                     mine = [(view, rows) for view, rows in zip(views, out, strict=True) if view.box == box]
-                    here = np.isin(indices, [index for view, _ in mine for index in view.frames])
-                    if not here.any():
+                    frames = {index for view, _ in mine for index in view.frames}
+                    here = [place for place, index in enumerate(indices) if index in frames]
+                    if not here:
                         continue
-                    inside = box._replace(top=box.top - around.top, left=box.left - around.left)
-                    cut = self._cut(chunk, inside, None if here.all() else here)
-                    for view, rows in mine:
-                        _put(cut, indices[here].tolist(), view, rows)
+                    part = _part(chunk, box._replace(top=box.top - around.top, left=box.left - around.left))
+                    part = part if len(here) == len(indices) else part[here]
+                    self._put(part, [indices[place] for place in here], mine)
 
-    def _cut(self, frames: Pixels, box: Box, chosen: NDArray[np.bool_] | None = None) -> Pixels:
-        """A box of (the chosen) frames (n, height, width, 3), resized to the source's size."""
-        part = frames[:, box.top : box.top + box.height, box.left : box.left + box.width]
-        return resize(part if chosen is None else part[chosen], self._opened.source.size)
+    def _put(self, frames: Pixels, indices: list[int], views: Sequence[tuple[_View, Pixels]]) -> None:
+        """Resize frames of a video, of which `indices` are the numbers, into their places in views."""
+        first, rows = views[0]
+        inside = rows[_stretch(first.frames, indices)]
+        cut = resize(frames, self._opened.source.size, inside if len(inside) else None)
+        places = {index: place for place, index in enumerate(indices)}
+        for view, rows in views:
+            for row, index in zip(rows, view.frames, strict=True):
+                place = places.get(index)
+                if place is not None and not np.may_share_memory(row, cut[place]):
+                    row[...] = cut[place]
 
     @contextmanager
     def _timed(self, name: str) -> Iterator[None]:
@@ -202,17 +213,22 @@ class SampleReader:
             self.seconds[name] += time.perf_counter() - started
 
 
-def _put(cut: Pixels, indices: Sequence[int], view: _View, rows: Pixels) -> None:
-    """Write frames of a video, of which `indices` are the numbers, to their places in a view."""
-    places = {index: place for place, index in enumerate(indices)}
-    for row, index in zip(rows, view.frames, strict=True):
-        if (place := places.get(index)) is not None:
-            row[...] = _mirrored(cut[place]) if view.mirrored else cut[place]
+def _part(frames: Pixels, box: Box) -> Pixels:
+    """A box of frames (n, height, width, 3)."""
+    return frames[:, box.top : box.top + box.height, box.left : box.left + box.width]
 
 
-def _mirrored(frame: Pixels) -> Pixels:
-    """Left for right; torch makes the copy ten times as fast as numpy, but takes writable memory only."""
-    return torch.from_numpy(frame).flip(1).numpy() if frame.flags.writeable else frame[:, ::-1]
+def _stretch(frames: Sequence[int], indices: list[int]) -> slice:
+    """Where `indices` stand one after another among `frames`; an empty place where they do not."""
+    start = frames.index(indices[0]) if indices[0] in frames else 0
+    places = slice(start, start + len(indices))
+    return places if list(frames[places]) == indices else slice(0)
+
+
+def _mirror(rows: Pixels) -> None:
+    """Turn frames (n, height, width, 3) left for right; torch does it ten times as fast as numpy."""
+    for row in rows:
+        row[...] = torch.from_numpy(row).flip(1).numpy()
 
 
 def _bounding_box(boxes: Sequence[Box]) -> Box:

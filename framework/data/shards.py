@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import zlib
 from collections import OrderedDict
 from pathlib import Path
+
+from isal.isal_zlib import crc32  # that of zlib, at 15 times its speed: every read is checked
 
 from framework.data import progress
 from framework.data.manifest import SampleInfo
@@ -55,14 +56,14 @@ class ShardReader:
 
         A copy of a remote shard that was damaged on this machine is fetched again first.
         """
-        actual = zlib.crc32(data)
+        actual = crc32(data)
         if actual != sample.crc32 and self._remote:
             # It was whole when it was fetched, so the local copy was damaged since.
             progress.stage("read")
             self._close(sample.shard)
             self._remote.discard(sample.shard)
             data = self.read(sample)
-            actual = zlib.crc32(data)
+            actual = crc32(data)
         if actual != sample.crc32:
             raise self.corrupt(
                 sample,

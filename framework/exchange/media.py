@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import io
-import zlib
 from pathlib import Path
 
 import av
 import av.error
 import numpy as np
+from isal.isal_zlib import crc32
 
 from framework.data.image import decode_image
 from framework.data.limits import CONTAINER_OPTIONS, MAX_FRAME_SIDE
@@ -109,7 +109,7 @@ def _info(
         shard=path.name,
         offset=0,
         length=len(data),
-        crc32=zlib.crc32(data),
+        crc32=crc32(data),
         dataset="",
         kind=kind,
         label=-1,

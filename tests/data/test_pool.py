@@ -133,7 +133,7 @@ def test_storage_that_hangs_is_no_fault_of_the_sample() -> None:
 def test_tensors_travel_whole_whatever_memory_they_lie_in() -> None:
     def make(item: int) -> dict[str, torch.Tensor]:
         pixels = pixel_memory((3, 4, 5))
-        pixels[1] = item
+        pixels.view(-1).copy_(torch.arange(60) + item)
         return {
             "shared": pixels.permute(2, 0, 1),
             "large": torch.arange(100_000, dtype=torch.float32).view(100, 1000) + item,
@@ -163,6 +163,27 @@ def test_memory_is_given_back_and_no_descriptor_stays_open() -> None:
     assert len(rest) == 20
     assert during - before <= 12
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_memory_comes_back_to_the_worker_when_nothing_uses_it_and_never_before() -> None:
+    def make(item: int) -> tuple[int, torch.Tensor, int]:
+        pixels = pixel_memory((1 << 20,))
+        pixels.fill_(item)
+        return pixels.data_ptr(), pixels.view(2, -1), len(os.listdir("/proc/self/fd"))
+
+    items = in_order(make, 200, 1, 2)
+    addresses, kept = set(), []
+    for item, (address, pixels, _) in zip(range(100), items, strict=False):
+        addresses.add(address)
+        assert bool((pixels == item).all())
+        if item % 9 == 0:
+            kept.append((item, pixels[1:, :7].permute(1, 0)))  # a view is a use as well
+    assert len(addresses) <= len(kept) + 5, "what was let go is filled again"
+    assert all(bool((view == item).all()) for item, view in kept), "what is in use stays as it is"
+    before = next(items)[2]
+    kept.clear()
+    descriptors = [descriptors for _, _, descriptors in items]
+    assert descriptors[-1] <= before - 8, "many that come back at once are not kept for ever"
 
 
 def test_what_is_told_reaches_every_worker_before_the_items_asked_for_later() -> None:
