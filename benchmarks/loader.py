@@ -5,9 +5,9 @@
 Makes its own data: 720p sources of 10 s, sharded with each preset by `tubeworks data shard`. Every contender
 makes the same thing, 32 frames with stride 2 from a random place, a random crop of 224x224, in one thread of
 one process. Contenders take turns of a few clips, this loader and the bare loop with the same clips, and what
-counts is processor time, so that other work on the machine slows all of them alike. "In a data worker" is this
-loader with one worker, whose processor time counts with that of the process which takes its clips. Memory is
-that of a fresh process, for itself alone.
+counts is processor time, so that other work on the machine slows all of them alike. "In a data worker" is
+this loader with one worker, whose processor time counts with that of the process which takes its clips.
+Memory is that of a fresh process, for itself alone.
 """
 
 from __future__ import annotations

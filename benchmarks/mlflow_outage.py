@@ -10,15 +10,18 @@ store. Two things are measured in each phase:
   processor time of their own thread (see `recorder_time`). Were the server waited for, the clock would show
   it here, in the tracked training alone: a refused connection costs milliseconds, a silent server seconds.
   `mlflow_adds_us` is the difference of the medians by the clock.
-- `step_ms`: the medians of both trainings' steps in the same seconds, and their ratio.
+- `median_step_ms`, `mean_step_ms`: of both trainings' steps in the same seconds, and the ratios.
 
-The trainings run side by side, so that whatever else the machine does hits both.
+The trainings run side by side, so that whatever else the machine does hits both. All of it is done twice:
+with the server on a core of its own, as on a cluster, where it is another machine (both trainings, and the
+process that mirrors one of them, have the others), and with everything on all cores.
 `points` counts the journal's and MLflow's when the training has left, and after `tubeworks sync`.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import os
@@ -31,7 +34,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -73,15 +76,34 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=400, help="of each training in each phase, at least")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as name:
-        found = measure(Path(name), options.steps)
+    cores = sorted(os.sched_getaffinity(0))
+    found = {}
+    for layout, ranks, server in (
+        ("server on a core of its own", cores[:-1], cores[-1:]),
+        ("all on the same cores", cores, cores),
+    ):
+        with tempfile.TemporaryDirectory() as name:
+            found[layout] = measure(Path(name), options.steps, ranks, server)
     command = f"python -m benchmarks.mlflow_outage --steps {options.steps}"
     result = {"command": command, "machine": describe_machine(), "log_every": 1, **found}
     options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     sys.stdout.write(json.dumps(result, indent=1) + "\n")
 
 
-def measure(folder: Path, steps: int) -> dict[str, Any]:
+@contextlib.contextmanager
+def on(cores: Collection[int]) -> Iterator[None]:
+    """What is started meanwhile runs on these cores."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def measure(
+    folder: Path, steps: int, rank_cores: Collection[int], server_cores: Collection[int]
+) -> dict[str, Any]:
     """The figures of each phase, and how many points the journal and MLflow have."""
     from data_tools.synth import SynthOptions, synthesize
 
@@ -99,8 +121,10 @@ def measure(folder: Path, steps: int) -> dict[str, Any]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = int(probe.getsockname()[1])
-    server = start_server(folder, port)
-    tracked, alone = start_training(folder, "tracked", port), start_training(folder, "alone", None)
+    with on(server_cores):
+        server = start_server(folder, port)
+    with on(rank_cores):
+        tracked, alone = start_training(folder, "tracked", port), start_training(folder, "alone", None)
     marks: list[tuple[str, float]] = []
 
     def phase(name: str, least: int) -> None:
@@ -117,7 +141,9 @@ def measure(folder: Path, steps: int) -> dict[str, Any]:
         server.wait()
         phase("server dead", steps)
         marks.append(("server starts", time.time()))  # which takes processor time of its own
-        server = start_server(folder, port)
+        with on(server_cores):
+            server = start_server(folder, port)
+        marks.append(("server takes in what had piled up", time.time()))
         wait_for(tracked, folder / "tracked", lambda: missing_bytes(folder / "tracked") < 10_000)
         phase("server up again", steps)
         marks.append(("end", time.time()))
@@ -142,22 +168,26 @@ def figures(folder: Path, marks: list[tuple[str, float]]) -> dict[str, Any]:
             run: {step: row for step, row in times.items() if began <= row[0] < ended}
             for run, times in (("tracked", tracked), ("without_mlflow", alone))
         }
-        medians = {run: median_step(rows) for run, rows in both.items()}
+        gaps = {run: seconds_of_steps(rows) for run, rows in both.items()}
+        medians = {run: statistics.median(values) for run, values in gaps.items()}
+        means = {run: statistics.fmean(values) for run, values in gaps.items()}
         found[name] = {
             "seconds": round(ended - began, 1),
             "steps": {run: len(rows) for run, rows in both.items()},
             "recording_us": (spent := {run: recording(rows) for run, rows in both.items()}),
             "mlflow_adds_us": spent["tracked"]["clock"]["median"]
             - spent["without_mlflow"]["clock"]["median"],
-            "step_ms": {run: round(value * 1e3, 2) for run, value in medians.items()},
-            "ratio_of_steps": round(medians["tracked"] / medians["without_mlflow"], 3),
+            "median_step_ms": {run: round(value * 1e3, 2) for run, value in medians.items()},
+            "ratio_of_medians": round(medians["tracked"] / medians["without_mlflow"], 3),
+            "mean_step_ms": {run: round(value * 1e3, 2) for run, value in means.items()},
+            "ratio_of_means": round(means["tracked"] / means["without_mlflow"], 3),
         }
     return found
 
 
-def median_step(rows: Times) -> float:
-    """Median seconds from the end of one step to that of the next."""
-    return statistics.median(after[0] - before[0] for before, after in itertools.pairwise(rows.values()))
+def seconds_of_steps(rows: Times) -> list[float]:
+    """Seconds from the end of each step to that of the next."""
+    return [after[0] - before[0] for before, after in itertools.pairwise(rows.values())]
 
 
 def recording(rows: Times) -> dict[str, dict[str, int]]:

@@ -17,8 +17,9 @@ import json
 import logging
 import os
 import tempfile
+import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -216,8 +217,11 @@ class Sender:
         """Forget the contact, so that the next call looks for the MLflow run anew."""
         self._client = None
 
-    def send_points(self) -> int:
-        """Send every whole line of the journal that MLflow does not have; the number of points."""
+    def send_points(self, after_call: Callable[[float], object] = lambda seconds: None) -> int:
+        """Send every whole line of the journal that MLflow does not have; the number of points.
+
+        After each call to the server, `after_call` is told how many seconds it took; it may wait.
+        """
         from mlflow.entities import Metric, RunTag
 
         client, run_id = self._contact()
@@ -231,6 +235,7 @@ class Sender:
                 tags = dict(batch.tags)
                 if batch.offset is not None:
                     tags[OFFSET_TAG] = str(batch.offset)
+                began = time.monotonic()
                 client.log_batch(
                     run_id,
                     metrics=[Metric(name, value, time, step) for name, value, time, step in batch.points],
@@ -240,6 +245,7 @@ class Sender:
                 sent += len(batch.points)
                 if batch.offset is not None:
                     self.state["offset"] = batch.offset
+                after_call(time.monotonic() - began)
             save_state(self.run, self.state)
         return sent
 

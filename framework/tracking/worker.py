@@ -28,6 +28,10 @@ __all__ = ["main"]
 
 LONGEST_PAUSE_SECONDS = 30.0
 KILLED_SECONDS = 20.0
+KILLED = json.dumps({"status": None, "seconds": KILLED_SECONDS}).encode() + b"\n"
+"""What a training would say that no longer can."""
+PAUSE_PER_CALL = 3.0
+LONGEST_PAUSE_BETWEEN_CALLS = 1.0
 
 logger = logging.getLogger("framework.tracking.worker")  # __name__ is __main__ here
 
@@ -54,21 +58,23 @@ class Mailbox:
 
     def wait(self, seconds: float) -> dict[str, Any] | None:
         """The next message, or None after `seconds`; the end of the training counts as being killed."""
+        if not self.filled(seconds):
+            return None
+        line, _, self._data = self._data.partition(b"\n")
+        return json.loads(line)
+
+    def filled(self, seconds: float) -> bool:
+        """Whether a message is there, after `seconds` at most."""
         deadline = time.monotonic() + seconds
         while b"\n" not in self._data:
             remaining = deadline - time.monotonic()
             if os.getppid() != self._parent:  # the pipe may be held open by the training's own children
-                return {"status": None, "seconds": KILLED_SECONDS}
-            if remaining <= 0:
-                return None
-            if not select.select([self._file], [], [], min(remaining, 1.0))[0]:
-                continue
-            data = os.read(self._file, 65536)
-            if not data:
-                return {"status": None, "seconds": KILLED_SECONDS}
-            self._data += data
-        line, _, self._data = self._data.partition(b"\n")
-        return json.loads(line)
+                self._data = KILLED
+            elif remaining <= 0:
+                return False
+            elif select.select([self._file], [], [], min(remaining, 1.0))[0]:
+                self._data = self._data + data if (data := os.read(self._file, 65536)) else KILLED
+        return True
 
 
 class Follower:
@@ -104,7 +110,7 @@ class Follower:
             if not self.announced:
                 logger.info("MLflow run %s at %s", self.sender.run_id, self.sender.settings.uri)
                 self.announced = True
-            self.sender.send_points()
+            self.sender.send_points(after_call=self._pause)
             self.sender.send_files()
             if final not in (None, "RUNNING"):
                 self.sender.finish(final)
@@ -113,6 +119,14 @@ class Follower:
             return False
         self._recovered()
         return True
+
+    def _pause(self, seconds: float) -> None:
+        """Rest after a call that took so long, unless the training has something to say.
+
+        What has piled up in an outage would otherwise keep this process and the server at work without a
+        pause, on cores that may be the training's; or all of a cluster's runs would fall upon their server.
+        """
+        self.mailbox.filled(min(LONGEST_PAUSE_BETWEEN_CALLS, PAUSE_PER_CALL * seconds))
 
     def _failed(self, error: Exception) -> None:
         self.sender.disconnect()
