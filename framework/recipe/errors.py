@@ -10,6 +10,7 @@ from pydantic import BaseModel, Tag, ValidationError
 
 from framework.recipe.document import Node, Origin, Problem, emit_flow, plain
 from framework.recipe.schema import BrokenRule
+from framework.recipe.sections import LARGEST
 
 __all__ = ["explain", "translate"]
 
@@ -248,7 +249,7 @@ def _bounds(annotation: Any) -> str:
             ("le", "at most"),
         ):
             bound = getattr(item, name, None)
-            if bound is not None and f"{text} {bound}" not in words:
+            if bound not in (None, LARGEST) and f"{text} {bound}" not in words:
                 words.append(f"{text} {bound}")
     return (" " + " and ".join(words)) if words else ""
 

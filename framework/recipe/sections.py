@@ -7,6 +7,7 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field
 
 __all__ = [
+    "LARGEST",
     "BrokenRule",
     "Decay",
     "Depth",
@@ -21,8 +22,11 @@ __all__ = [
     "Width",
 ]
 
-Positive = Annotated[int, Field(gt=0)]
-NonNegative = Annotated[int, Field(ge=0)]
+LARGEST = 2**31 - 1
+"""What fits wherever a count goes: no run has more of anything, and a number with a zero too many is told."""
+
+Positive = Annotated[int, Field(gt=0, le=LARGEST)]
+NonNegative = Annotated[int, Field(ge=0, le=LARGEST)]
 Width = Annotated[int, Field(gt=0, le=1_000_000)]
 Depth = Annotated[int, Field(gt=0, le=1_000)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]

@@ -198,6 +198,8 @@ def test_folders_endless_files_and_impossible_names_are_no_recipes(write: Write,
     ("override", "complaint"),
     [
         ("model.depth=1000000000", "must be at most 1000"),
+        ("train.log_every=100000000000000000000", "must be at most 2147483647"),
+        ("checkpoint.keep=9999999999", "must be at most 2147483647"),
         ("model.width=1000000000", "must be at most 1000000"),
         ("data.workers=100000", "must be at most 1000"),
         (f"seed={2**63}", f"must be less than {2**63}"),
