@@ -1,10 +1,14 @@
-"""What all tests share: few threads, and no colours or wrapped lines in what commands print."""
+"""What all tests share: few threads, signals that end programs, output without colours or wrapped lines."""
 
 from __future__ import annotations
 
 import os
+import signal
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("NO_COLOR", "1")
 os.environ["COLUMNS"] = "200"
 os.environ.pop("FORCE_COLOR", None)
+# A shell that starts us in the background, or nohup, ignores these, and what we start would inherit it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
