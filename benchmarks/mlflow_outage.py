@@ -14,7 +14,8 @@ store. Two things are measured in each phase:
 
 The trainings run side by side, so that whatever else the machine does hits both. All of it is done twice:
 with the server on a core of its own, as on a cluster, where it is another machine (both trainings, and the
-process that mirrors one of them, have the others), and with everything on all cores.
+process that mirrors one of them, have the others), and with everything on all cores. Trainings on one core
+both feel what else is done there: `processor_share_of_a_core` tells how much that is.
 `points` counts the journal's and MLflow's when the training has left, and after `tubeworks sync`.
 """
 
@@ -34,9 +35,12 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from benchmarks.machine import describe_machine
 from benchmarks.recorder_time import read_times
@@ -84,10 +88,11 @@ def main() -> None:
     ):
         with tempfile.TemporaryDirectory() as name:
             found[layout] = measure(Path(name), options.steps, ranks, server)
+        sys.stdout.write(json.dumps({layout: found[layout]}, indent=1) + "\n")
+        sys.stdout.flush()
     command = f"python -m benchmarks.mlflow_outage --steps {options.steps}"
     result = {"command": command, "machine": describe_machine(), "log_every": 1, **found}
     options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    sys.stdout.write(json.dumps(result, indent=1) + "\n")
 
 
 @contextlib.contextmanager
@@ -125,11 +130,20 @@ def measure(
         server = start_server(folder, port)
     with on(rank_cores):
         tracked, alone = start_training(folder, "tracked", port), start_training(folder, "alone", None)
-    marks: list[tuple[str, float]] = []
+    marks: list[Mark] = []
+
+    def mark(name: str) -> None:
+        """A phase begins."""
+        mirrors = [
+            one for one in psutil.Process(tracked.pid).children() if "tracking" in " ".join(one.cmdline())
+        ]
+        servers = [psutil.Process(server.pid)] if server.poll() is None else []
+        spent = {"mirror": processor_seconds(mirrors), "server": processor_seconds(servers)}
+        marks.append(Mark(name, time.time(), spent))
 
     def phase(name: str, least: int) -> None:
         """Let both trainings make so many steps."""
-        marks.append((name, time.time()))
+        mark(name)
         for training, run in ((tracked, folder / "tracked"), (alone, folder / "alone")):
             wait_for(training, run, lambda run=run, first=last_step(run): last_step(run) >= first + least)
 
@@ -140,13 +154,13 @@ def measure(
         os.killpg(server.pid, signal.SIGKILL)
         server.wait()
         phase("server dead", steps)
-        marks.append(("server starts", time.time()))  # which takes processor time of its own
+        mark("server starts")  # which takes processor time of its own
         with on(server_cores):
             server = start_server(folder, port)
-        marks.append(("server takes in what had piled up", time.time()))
+        mark("server takes in what had piled up")
         wait_for(tracked, folder / "tracked", lambda: missing_bytes(folder / "tracked") < 10_000)
         phase("server up again", steps)
-        marks.append(("end", time.time()))
+        mark("end")
         stop(folder, tracked, alone)
         points = count_points(folder / "tracked", port)
     finally:
@@ -157,11 +171,27 @@ def measure(
     return {"phases": figures(folder, marks), **points}
 
 
-def figures(folder: Path, marks: list[tuple[str, float]]) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Mark:
+    """The begin of a phase, and the processor seconds of the mirror and of the server until then."""
+
+    name: str
+    at: float
+    spent: dict[str, float]
+
+
+def processor_seconds(processes: Sequence[psutil.Process]) -> float:
+    """Processor time so far, of all that they have started as well."""
+    times = [one.cpu_times() for root in processes for one in (root, *root.children(recursive=True))]
+    return sum(one.user + one.system for one in times)
+
+
+def figures(folder: Path, marks: Sequence[Mark]) -> dict[str, Any]:
     """What both trainings did in each phase."""
     tracked, alone = read_times(folder / "tracked.times"), read_times(folder / "alone.times")
     found = {}
-    for (name, began), (_, ended) in itertools.pairwise(marks):
+    for first, last in itertools.pairwise(marks):
+        name, began, ended = first.name, first.at, last.at
         if name == "start":
             continue
         both = {
@@ -173,6 +203,10 @@ def figures(folder: Path, marks: list[tuple[str, float]]) -> dict[str, Any]:
         means = {run: statistics.fmean(values) for run, values in gaps.items()}
         found[name] = {
             "seconds": round(ended - began, 1),
+            "processor_share_of_a_core": {
+                what: round(max(0.0, seconds - first.spent[what]) / (ended - began), 3)
+                for what, seconds in last.spent.items()
+            },
             "steps": {run: len(rows) for run, rows in both.items()},
             "recording_us": (spent := {run: recording(rows) for run, rows in both.items()}),
             "mlflow_adds_us": spent["tracked"]["clock"]["median"]

@@ -188,6 +188,10 @@ class Sender:
         """Bytes of the journal that are in MLflow."""
         return int(self.state["offset"])
 
+    def lag(self) -> int:
+        """Bytes of the journal that are not in MLflow; OSError where it cannot be looked at."""
+        return journal_path(self.run).stat().st_size - self.offset
+
     @property
     def run_id(self) -> str | None:
         """The MLflow run, once there has been contact."""

@@ -30,8 +30,9 @@ LONGEST_PAUSE_SECONDS = 30.0
 KILLED_SECONDS = 20.0
 KILLED = json.dumps({"status": None, "seconds": KILLED_SECONDS}).encode() + b"\n"
 """What a training would say that no longer can."""
-PAUSE_PER_CALL = 3.0
-LONGEST_PAUSE_BETWEEN_CALLS = 1.0
+RESTS = 0.1, 3.0
+"""Least and most seconds of rest for a second of a call."""
+LONGEST_REST_SECONDS = 1.0
 
 logger = logging.getLogger("framework.tracking.worker")  # __name__ is __main__ here
 
@@ -87,6 +88,8 @@ class Follower:
         self.outage_since: float | None = None
         self.announced = False
         self.pause = sender.settings.poll_seconds
+        self.rest = RESTS[1]
+        self.lag = 0
 
     def follow(self) -> None:
         """Work until the training says how it ended, then try once more and set the status."""
@@ -110,7 +113,7 @@ class Follower:
             if not self.announced:
                 logger.info("MLflow run %s at %s", self.sender.run_id, self.sender.settings.uri)
                 self.announced = True
-            self.sender.send_points(after_call=self._pause)
+            self.sender.send_points(after_call=self._rest)
             self.sender.send_files()
             if final not in (None, "RUNNING"):
                 self.sender.finish(final)
@@ -120,13 +123,17 @@ class Follower:
         self._recovered()
         return True
 
-    def _pause(self, seconds: float) -> None:
+    def _rest(self, seconds: float) -> None:
         """Rest after a call that took so long, unless the training has something to say.
 
         What has piled up in an outage would otherwise keep this process and the server at work without a
         pause, on cores that may be the training's; or all of a cluster's runs would fall upon their server.
+        The rests become shorter where what there is to send grows meanwhile, else longer again.
         """
-        self.mailbox.filled(min(LONGEST_PAUSE_BETWEEN_CALLS, PAUSE_PER_CALL * seconds))
+        lag = self.sender.lag()
+        self.rest *= 0.5 if lag > self.lag else 1.25
+        self.rest, self.lag = min(max(self.rest, RESTS[0]), RESTS[1]), lag
+        self.mailbox.filled(min(LONGEST_REST_SECONDS, self.rest * seconds))
 
     def _failed(self, error: Exception) -> None:
         self.sender.disconnect()
