@@ -131,6 +131,7 @@ def measure(
     with on(rank_cores):
         tracked, alone = start_training(folder, "tracked", port), start_training(folder, "alone", None)
     marks: list[Mark] = []
+    began = time.time()
 
     def mark(name: str) -> None:
         """A phase begins."""
@@ -141,25 +142,28 @@ def measure(
         spent = {"mirror": processor_seconds(mirrors), "server": processor_seconds(servers)}
         marks.append(Mark(name, time.time(), spent))
 
-    def phase(name: str, least: int) -> None:
+    def make_steps(least: int) -> None:
         """Let both trainings make so many steps."""
-        mark(name)
         for training, run in ((tracked, folder / "tracked"), (alone, folder / "alone")):
             wait_for(training, run, lambda run=run, first=last_step(run): last_step(run) >= first + least)
 
     try:
-        phase("start", 20)  # the first steps are slower
-        wait_for(tracked, folder / "tracked", lambda: 0 < missing_bytes(folder / "tracked") < 10_000)
-        phase("server up", steps)
+        mark("start")  # the first steps are slower
+        make_steps(20)
+        wait_for(tracked, folder / "tracked", lambda: caught_up(folder / "tracked", began))
+        mark("server up")
+        make_steps(steps)
+        mark("server dead")
         os.killpg(server.pid, signal.SIGKILL)
         server.wait()
-        phase("server dead", steps)
+        make_steps(steps)
         mark("server starts")  # which takes processor time of its own
         with on(server_cores):
             server = start_server(folder, port)
         mark("server takes in what had piled up")
-        wait_for(tracked, folder / "tracked", lambda: missing_bytes(folder / "tracked") < 10_000)
-        phase("server up again", steps)
+        wait_for(tracked, folder / "tracked", lambda: caught_up(folder / "tracked", began))
+        mark("server up again")
+        make_steps(steps)
         mark("end")
         stop(folder, tracked, alone)
         points = count_points(folder / "tracked", port)
@@ -303,11 +307,12 @@ def last_step(run: Path) -> int:
     return entries[-1].step if entries else 0
 
 
-def missing_bytes(run: Path) -> int:
-    """Bytes of the journal that MLflow does not have yet, at least 1."""
+def caught_up(run: Path, began: float) -> bool:
+    """Whether MLflow has the journal but for the last seconds; the mirror looks at it every two."""
     if not (run / "mlflow.json").is_file():
-        return 1 << 62
-    return 1 + journal_path(run).stat().st_size - int(load_state(run)["offset"])
+        return False
+    size = journal_path(run).stat().st_size
+    return size - int(load_state(run)["offset"]) < 5 * size / (time.time() - began)
 
 
 def count_points(run: Path, port: int) -> dict[str, Any]:

@@ -188,9 +188,9 @@ class Sender:
         """Bytes of the journal that are in MLflow."""
         return int(self.state["offset"])
 
-    def lag(self) -> int:
-        """Bytes of the journal that are not in MLflow; OSError where it cannot be looked at."""
-        return journal_path(self.run).stat().st_size - self.offset
+    def journal_bytes(self) -> int:
+        """Bytes of the journal so far; OSError where it cannot be looked at."""
+        return journal_path(self.run).stat().st_size
 
     @property
     def run_id(self) -> str | None:

@@ -89,7 +89,7 @@ class Follower:
         self.announced = False
         self.pause = sender.settings.poll_seconds
         self.rest = RESTS[1]
-        self.lag = 0
+        self.sent, self.written = 0, 0
 
     def follow(self) -> None:
         """Work until the training says how it ended, then try once more and set the status."""
@@ -128,11 +128,13 @@ class Follower:
 
         What has piled up in an outage would otherwise keep this process and the server at work without a
         pause, on cores that may be the training's; or all of a cluster's runs would fall upon their server.
-        The rests become shorter where what there is to send grows meanwhile, else longer again.
+        The rests become shorter where the training writes more than half of what is sent meanwhile, so that
+        an outage is made up for in about the time that it took, else longer again.
         """
-        lag = self.sender.lag()
-        self.rest *= 0.5 if lag > self.lag else 1.25
-        self.rest, self.lag = min(max(self.rest, RESTS[0]), RESTS[1]), lag
+        sent, written = self.sender.offset, self.sender.journal_bytes()
+        self.rest *= 0.5 if 2 * (written - self.written) > sent - self.sent else 1.25
+        self.rest = min(max(self.rest, RESTS[0]), RESTS[1])
+        self.sent, self.written = sent, written
         self.mailbox.filled(min(LONGEST_REST_SECONDS, self.rest * seconds))
 
     def _failed(self, error: Exception) -> None:
