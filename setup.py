@@ -44,7 +44,6 @@ setup(
         "deepspeed>=0.19,<0.20",
         "einops>=0.8,<1",
         "fsspec[http]>=2025.3",
-        "isal>=1.7,<2",
         "matplotlib>=3.9,<4",
         "mlflow>=3.7,<4",
         "numpy>=2.1,<3",
@@ -61,6 +60,7 @@ setup(
         "torch>=2.11,<2.14",
         "typer>=0.29",
         "webdataset>=1.0,<2",
+        "zlib-ng>=0.5,<2",
     ],
     extras_require={
         # newer wheels of torchcodec need CUDA libraries even where torch is the CPU build

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from isal.isal_zlib import crc32
+from zlib_ng.zlib_ng import crc32
 
 from data_tools.importers.archive import open_archive, refusal, whole_archive
 from data_tools.items import IMAGE_SUFFIXES, VIDEO_SUFFIXES, Failure

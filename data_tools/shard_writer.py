@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from isal.isal_zlib import crc32
+from zlib_ng.zlib_ng import crc32
 
 from data_tools.items import Failure, Item
 from data_tools.pool import Advance

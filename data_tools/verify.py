@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy
-from isal.isal_zlib import crc32
+from zlib_ng.zlib_ng import crc32
 
 from data_tools.coverage import Coverage, class_problems, coverage_of, official_list
 from data_tools.pool import Advance, progress_bar, run_tasks

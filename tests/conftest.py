@@ -9,6 +9,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("NO_COLOR", "1")
 os.environ["COLUMNS"] = "200"
 os.environ.pop("FORCE_COLOR", None)
-# A shell that starts us in the background, or nohup, ignores these, and what we start would inherit it.
-signal.signal(signal.SIGINT, signal.default_int_handler)
-signal.signal(signal.SIGHUP, signal.SIG_DFL)
+# A shell that starts us in the background, or nohup, ignores these, and what we start would inherit that;
+# what is caught here is as usual there.
+for number in (signal.SIGINT, signal.SIGHUP):
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, lambda number, frame: None)

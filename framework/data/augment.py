@@ -63,7 +63,12 @@ def resize(frames: NDArray[np.uint8], size: int, out: NDArray[np.uint8] | None =
 
     The result is written into `out`, which is returned; by default it is new memory, or `frames` themselves
     where they have that size.
+
+    Errors:
+        ValueError: `out` has not as many rows of that size.
     """
+    if out is not None and out.shape != (len(frames), size, size, 3):  # torch would take other memory
+        raise ValueError(f"{len(frames)} frames of {size}x{size} do not go into rows of {out.shape}")
     if frames.shape[1:3] == (size, size):
         if out is None:
             return frames

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from framework.data import progress
-from framework.data.messages import Closed, receive, send, take_back
+from framework.data.messages import Closed, offer, receive, send
 
 __all__ = ["Nursery", "keep_freed_memory", "leave_signals_to_the_rank", "worker_memory"]
 
@@ -38,9 +38,9 @@ Make = Callable[[int], Any]
 
 
 class Nursery:
-    """Forks workers that answer ("make", (number, released)) with make(number).
+    """Forks workers that answer ("make", (number, memories)) with make(number).
 
-    `released` is for `take_back`; the value of ("told", value) is handed to `told`.
+    They may fill the memories; the value of ("told", value) is handed to `told`.
     """
 
     def __init__(self, make: Make, told: Callable[[Any], None] | None, board: progress.Board) -> None:
@@ -188,8 +188,8 @@ def _worker(
                 if told is not None:
                     told(value)
                 continue
-            number, released = value
-            take_back(released)
+            number, memories = value
+            offer(memories)
             progress.rest()
             send(connection, (number, *_made(make, number), worker_memory()))
             progress.rest()

@@ -175,7 +175,6 @@ class _Worker:
     quiet: float = 0.0
     """Seconds that its rank has waited without a sign of life."""
     memory: int = 0
-    borrowed: messages.Borrowed = field(default_factory=messages.Borrowed)
 
 
 class _RemoteError(Exception):
@@ -198,6 +197,7 @@ class _Pooled(Items[Item]):
         self._asked = 0
         """Items 0 … asked - 1 were given to workers."""
         self._made: dict[int, Any] = {}
+        self._lent = messages.Lent()
         self._deaths: dict[tuple[int, int], int] = {}
         self._losses: dict[int, int] = {}
         self._closed = False
@@ -239,6 +239,7 @@ class _Pooled(Items[Item]):
         self._selector.close()
         self._nursery.close()
         self._made.clear()
+        self._lent.close()
 
     def __del__(self) -> None:
         if not getattr(self, "_closed", True):
@@ -277,7 +278,7 @@ class _Pooled(Items[Item]):
 
     def _give(self, worker: _Worker, number: int) -> None:
         worker.tasks.append(number)
-        self._say(worker, ("make", (number, worker.borrowed.released())))
+        self._say(worker, ("make", (number, self._lent.returned())))
 
     def _say(self, worker: _Worker, message: Any) -> None:
         with contextlib.suppress(messages.Closed):  # it is dead, which shows when its answer is read
@@ -291,7 +292,7 @@ class _Pooled(Items[Item]):
             worker: _Worker = key.data
             arrived = time.perf_counter()
             try:
-                number, item, defect, worker.memory = messages.receive(worker.connection, worker.borrowed)
+                number, item, defect, worker.memory = messages.receive(worker.connection, self._lent)
             except messages.Closed:
                 self._bury(worker, hung=False)
                 continue

@@ -8,7 +8,7 @@ from pathlib import Path
 import av
 import av.error
 import numpy as np
-from isal.isal_zlib import crc32
+from zlib_ng.zlib_ng import crc32
 
 from framework.data.image import decode_image
 from framework.data.limits import CONTAINER_OPTIONS, MAX_FRAME_SIDE

@@ -8,7 +8,7 @@ from pydantic import AfterValidator, Field
 
 from framework.data.urls import parse_location
 from framework.errors import DataError
-from framework.recipe.sections import Folder, Positive, Section
+from framework.recipe.sections import Few, Folder, Section
 
 __all__ = ["Cache", "ShardFolder"]
 
@@ -32,7 +32,7 @@ class Cache(Section):
     """On a local disk; by default `tubeworks` in $XDG_CACHE_HOME or ~/.cache."""
     gib: Annotated[float, Field(gt=0)] = 100.0
     """Limit of the folder in GiB; `tubeworks data plan RECIPE --summary` says what a recipe needs."""
-    connections: Positive = 4
+    connections: Few = 4
     """Files, or pieces of one file, that a rank fetches at once."""
     stall_seconds: Annotated[float, Field(gt=0)] = 20.0
     """A request that brings no byte for so long is given up and made again."""

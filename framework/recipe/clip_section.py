@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from framework.recipe.sections import BrokenRule, Positive, Section
+from framework.recipe.sections import BrokenRule, Few, Positive, Section
 
 __all__ = ["Clip", "Sampling"]
 
@@ -16,7 +16,7 @@ Sampling = Literal["dense", "uniform", "random", "center"]
 class Clip(Section):
     """How frames are taken from a video: every `stride`-th decoded frame, or `fps` frames a second."""
 
-    frames: Positive
+    frames: Few
     stride: Positive | None = None
     fps: Annotated[float, Field(gt=0)] | None = None
     sampling: Sampling = "dense"

@@ -33,6 +33,7 @@ from framework.recipe.model_sections import (
 from framework.recipe.sections import (
     BrokenRule,
     Decay,
+    Few,
     Folder,
     Fraction,
     Name,
@@ -166,12 +167,12 @@ class Data(Section):
     """The sources, and how many rows of each make one global step: samples, times their `repeats`."""
 
     sources: Annotated[dict[Name, Source], Field(min_length=1)]
-    mixture: Annotated[dict[Name, Positive], Field(min_length=1)]
+    mixture: Annotated[dict[Name, Few], Field(min_length=1)]
     block: Positive = 1024
     """Samples of a lane that are shuffled together (see `framework.data.plan`)."""
     workers: Annotated[int, Field(ge=0, le=1_000)] = 2
     """Processes per rank that decode; 0 decodes in the rank itself."""
-    prefetch: Positive = 2
+    prefetch: Few = 2
     """Micro-batches that each worker prepares ahead."""
     decode_seconds: Annotated[float, Field(gt=0)] = DECODE_SECONDS
     """A worker that is at one stage of a sample for longer hangs: it is replaced, the sample tried again."""
@@ -221,7 +222,7 @@ class Train(Section):
     """Length and rhythm of training."""
 
     steps: Annotated[int, Field(gt=0, le=1_000_000_000)]
-    accumulation: Positive = 1
+    accumulation: Few = 1
     """Micro-batches per step and rank: the global batch is cut by ranks x accumulation."""
     activation_checkpointing: bool = False
     compile: bool = False
@@ -270,7 +271,7 @@ class Engine(Section):
     precision: Literal["fp32", "bf16"] = "bf16"
     offload: Literal["none", "optimizer", "all"] = "none"
     """Keep the optimizer's states (ZeRO-1 to 3), or also the parameters (ZeRO-3), in host memory."""
-    bucket_mb: Positive = 200
+    bucket_mb: Few = 200
 
     @model_validator(mode="after")
     def _offload_needs_sharding(self) -> Engine:
@@ -288,9 +289,9 @@ class Engine(Section):
 class Evaluation(Section):
     """Views of a held-out sample and how many samples go through the model at once."""
 
-    temporal_views: Positive = 4
+    temporal_views: Few = 4
     spatial_views: Literal[1, 3] = 3
-    batch: Positive = 16
+    batch: Few = 16
     """Samples per forward pass and rank."""
 
 

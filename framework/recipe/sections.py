@@ -11,6 +11,7 @@ __all__ = [
     "BrokenRule",
     "Decay",
     "Depth",
+    "Few",
     "Folder",
     "Fraction",
     "Name",
@@ -22,10 +23,12 @@ __all__ = [
     "Width",
 ]
 
-LARGEST = 2**31 - 1
-"""What fits wherever a count goes: no run has more of anything, and a number with a zero too many is told."""
+LARGEST = 10**12
+"""No run has more of anything, and it fits into every integer that it is handed on to."""
 
 Positive = Annotated[int, Field(gt=0, le=LARGEST)]
+Few = Annotated[int, Field(gt=0, le=1_000_000)]
+"""A count of what is in memory at once."""
 NonNegative = Annotated[int, Field(ge=0, le=LARGEST)]
 Width = Annotated[int, Field(gt=0, le=1_000_000)]
 Depth = Annotated[int, Field(gt=0, le=1_000)]

@@ -189,8 +189,9 @@ class Sender:
         return int(self.state["offset"])
 
     def journal_bytes(self) -> int:
-        """Bytes of the journal so far; OSError where it cannot be looked at."""
-        return journal_path(self.run).stat().st_size
+        """Bytes of the journal so far; 0 where there is none."""
+        path = journal_path(self.run)
+        return path.stat().st_size if path.is_file() else 0
 
     @property
     def run_id(self) -> str | None:

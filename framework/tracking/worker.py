@@ -30,7 +30,7 @@ LONGEST_PAUSE_SECONDS = 30.0
 KILLED_SECONDS = 20.0
 KILLED = json.dumps({"status": None, "seconds": KILLED_SECONDS}).encode() + b"\n"
 """What a training would say that no longer can."""
-RESTS = 0.1, 3.0
+RESTS = 1 / 64, 3.0
 """Least and most seconds of rest for a second of a call."""
 LONGEST_REST_SECONDS = 1.0
 
@@ -132,7 +132,7 @@ class Follower:
         an outage is made up for in about the time that it took, else longer again.
         """
         sent, written = self.sender.offset, self.sender.journal_bytes()
-        self.rest *= 0.5 if 2 * (written - self.written) > sent - self.sent else 1.25
+        self.rest *= 0.5 if 2 * (written - self.written) > sent - self.sent else 2.0
         self.rest = min(max(self.rest, RESTS[0]), RESTS[1])
         self.sent, self.written = sent, written
         self.mailbox.filled(min(LONGEST_REST_SECONDS, self.rest * seconds))

@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -66,6 +67,19 @@ def test_resize_is_antialiased_bilinear(shape: tuple[int, int, int], helpers) ->
     assert resized.shape == (shape[0], 32, 32, 3)
     expected = [np.asarray(Image.fromarray(f).resize((32, 32), Image.Resampling.BILINEAR)) for f in cut]
     assert np.abs(resized.astype(int) - np.stack(expected)).max() <= 1
+
+
+@pytest.mark.parametrize("shape", [(3, 80, 100), (1, 1, 30), (2, 20, 1), (2, 32, 32)])
+def test_resizing_into_given_rows_writes_these_and_no_others(shape: tuple[int, int, int]) -> None:
+    frames = np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
+    out = np.full((shape[0] + 2, 32, 32, 3), 7, np.uint8)
+    assert np.shares_memory(resize(frames, 32, out[1:-1]), out)
+    pixels = torch.from_numpy(frames).permute(0, 3, 1, 2)
+    expected = torch.nn.functional.interpolate(pixels, size=(32, 32), mode="bilinear", antialias=True)
+    assert np.array_equal(out[1:-1], expected.permute(0, 2, 3, 1).numpy())
+    assert (out[[0, -1]] == 7).all()
+    with pytest.raises(ValueError, match="rows"):
+        resize(frames, 32, out)
 
 
 @pytest.fixture(scope="module")

@@ -277,6 +277,7 @@ def test_evaluation_has_every_sample_once(
         index = torch.cat([batch.index for batch in batches])
         assert sorted(index[valid].tolist()) == list(range(len(opened)))
         assert (index[~valid] == -1).all()
+        assert not torch.cat([batch.pixels for batch in batches])[~valid].any()
         labels = torch.cat([batch.labels for batch in batches])[valid].tolist()
         samples = [opened.manifest.sample(int(opened.selection[i])) for i in index[valid].tolist()]
         assert labels == [sample.label for sample in samples]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -13,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
+import numpy
 import pytest
 import torch
 
@@ -165,25 +168,54 @@ def test_memory_is_given_back_and_no_descriptor_stays_open() -> None:
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-def test_memory_comes_back_to_the_worker_when_nothing_uses_it_and_never_before() -> None:
-    def make(item: int) -> tuple[int, torch.Tensor, int]:
+def test_memory_goes_back_to_the_workers_when_nothing_uses_it_and_never_before() -> None:
+    def make(item: int) -> torch.Tensor:
         pixels = pixel_memory((1 << 20,))
-        pixels.fill_(item)
-        return pixels.data_ptr(), pixels.view(2, -1), len(os.listdir("/proc/self/fd"))
+        pixels.fill_(item % 256)
+        return pixels.view(2, -1)
 
-    items = in_order(make, 200, 1, 2)
-    addresses, kept = set(), []
-    for item, (address, pixels, _) in zip(range(100), items, strict=False):
-        addresses.add(address)
-        assert bool((pixels == item).all())
-        if item % 9 == 0:
+    items = in_order(make, 300, 3, 1)
+    seen, kept = set(), []
+    for item, pixels in zip(range(200), items, strict=False):
+        seen |= shared_memory_here()
+        assert bool((pixels == item % 256).all())
+        if item % 19 == 0:
             kept.append((item, pixels[1:, :7].permute(1, 0)))  # a view is a use as well
-    assert len(addresses) <= len(kept) + 5, "what was let go is filled again"
-    assert all(bool((view == item).all()) for item, view in kept), "what is in use stays as it is"
-    before = next(items)[2]
+        if item % 19 == 1:
+            kept.append((item, pixels.numpy()[:, 5]))
+    assert len(seen) <= len(kept) + 3 + 3, "what was let go is filled again"
+    assert all((numpy.asarray(view) == item % 256).all() for item, view in kept), (
+        "what is in use stays as it is"
+    )
     kept.clear()
-    descriptors = [descriptors for _, _, descriptors in items]
-    assert descriptors[-1] <= before - 8, "many that come back at once are not kept for ever"
+    del pixels
+    for item, made in zip(range(200, 290), items, strict=False):
+        assert bool((made == item % 256).all())
+    assert len(shared_memory_here()) <= 3 + 3, "what came back at once is let go"
+    items.close()
+    del made
+    assert not shared_memory_here()
+
+
+def shared_memory_here() -> set[int]:
+    """The shared memory that this process has descriptors of, by inode."""
+    found = set()
+    for entry in os.scandir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):
+            if os.readlink(entry.path).startswith("/memfd:tubeworks"):
+                found.add(os.stat(entry.path).st_ino)
+    return found
+
+
+def test_a_rank_that_keeps_all_items_keeps_no_descriptor_of_each() -> None:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    items = in_order(lambda item: pixel_memory((1 << 12,)).fill_(item % 256), 600, 1, 2)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(400, before[0]), before[1]))
+    try:
+        kept = list(items)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert all(bool((pixels == number % 256).all()) for number, pixels in enumerate(kept))
 
 
 def test_what_is_told_reaches_every_worker_before_the_items_asked_for_later() -> None:

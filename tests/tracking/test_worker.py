@@ -7,11 +7,14 @@ import os
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import IO
 
 import pytest
 
-from framework.tracking.worker import KILLED_SECONDS, Mailbox
+from framework.tracking.journal import journal_path
+from framework.tracking.sender import Sender, Settings
+from framework.tracking.worker import KILLED_SECONDS, RESTS, Follower, Mailbox
 
 
 @pytest.fixture
@@ -44,3 +47,25 @@ def test_a_training_that_is_gone_is_heard_at_once_and_counts_as_killed(training:
     assert mailbox.wait(600) == {"status": None, "seconds": KILLED_SECONDS}
     assert mailbox.filled(600), "and stays gone"
     assert time.monotonic() - began < 60
+
+
+def test_the_mirror_rests_as_long_as_it_gains_on_the_training(training: IO[str], tmp_path: Path) -> None:
+    sender = Sender(Settings(run=str(tmp_path), name="run", uri="http://127.0.0.1:9", experiment="tests"))
+    follower = Follower(sender, Mailbox())
+
+    def call(written: int, sent: int) -> float:
+        with journal_path(tmp_path).open("ab") as journal:
+            journal.write(bytes(written))
+        sender.state["offset"] += sent
+        follower._rest(0.0)
+        return follower.rest
+
+    call(100_000, 0)
+    rests = [call(100, 1000) for _ in range(20)]
+    assert rests == sorted(rests), "it gains: longer and longer"
+    assert rests[-1] == RESTS[1]
+    rests = [call(600, 1000) for _ in range(20)]
+    assert rests == sorted(rests, reverse=True), "more than half is written meanwhile: shorter and shorter"
+    assert rests[-1] == RESTS[0]
+    journal_path(tmp_path).unlink()
+    follower._rest(0.0)
