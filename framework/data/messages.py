@@ -32,6 +32,7 @@ _HEAD = struct.Struct("<QI")  # bytes of the pickle, number of descriptors
 _MAX_DESCRIPTORS = 250  # Linux passes 253 at once
 _MAX_LENT = 250  # a process may have 1024 descriptors in all, where nobody raised the limit
 _POPULATE = 23  # madvise's MADV_POPULATE_WRITE, which Linux has since 5.14
+_CLOSE_ON_EXEC = getattr(socket, "MSG_CMSG_CLOEXEC", 0)  # programs that a rank starts inherit no descriptor
 _SHARED_FROM = 1 << 16  # larger tensors travel in shared memory, too: a socket would block its sender
 
 
@@ -249,7 +250,9 @@ def receive(connection: socket.socket, lent: Lent | None = None) -> Any:
     try:
         head = b""
         while len(head) < _HEAD.size:
-            part, more, _, _ = socket.recv_fds(connection, _HEAD.size - len(head), _MAX_DESCRIPTORS)
+            part, more, _, _ = socket.recv_fds(
+                connection, _HEAD.size - len(head), _MAX_DESCRIPTORS, _CLOSE_ON_EXEC
+            )
             descriptors += more
             if not part:
                 raise Closed("end of the connection")
