@@ -130,6 +130,8 @@ def prune_checkpoints(
         return
     for name in gone:
         typer.echo(f"{'would remove' if dry_run else 'removed'} {name}")
+    if not gone:
+        typer.echo(f"nothing to remove: {len(sorted_out)} checkpoints are kept")
 
 
 def consolidate_checkpoint(checkpoint: Path, to: Path, ema: bool, as_json: bool) -> None:

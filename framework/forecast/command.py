@@ -58,7 +58,8 @@ def forecast_command(
 
 
 def _table(found: dict[str, Any]) -> Table:
-    head = f"{found['recipe']} on {found['gpus']} x {found['hardware']['name']}, {found['nodes']} node(s)"
+    nodes = f"{found['nodes']} node{'s' * (found['nodes'] != 1)}"
+    head = f"{found['recipe']} on {found['gpus']} x {found['hardware']['name']}, {nodes}"
     result = Table(title=head, box=box.SIMPLE_HEAD, title_justify="left", show_header=False)
     for label, text in _lines(found):
         result.add_row(label, text)
@@ -68,29 +69,40 @@ def _table(found: dict[str, Any]) -> Table:
 def _lines(found: dict[str, Any]) -> list[tuple[str, str]]:
     times, decode, memory, share = (found[key] for key in ("times", "decode", "memory", "share"))
     rates = ", ".join(f"{name} {rate:,.0f}" for name, rate in found["samples_per_s"].items())
-    parts = ", ".join(f"{name} {seconds * 1e3:.1f}" for name, seconds in times.items())
+    parts = ", ".join(f"{name} {_short(seconds * 1e3)}" for name, seconds in times.items())
     costs = ", ".join(f"{name} {value:.3g} {decode['origin'][name]}" for name, value in decode["ms"].items())
     micro = ", ".join(f"{name} {count}" for name, count in memory["micro_batch"].items())
     states = memory["weights"] + memory["gradients"] + memory["optimizer"] + memory["average"]
     largest = "{plain} plain, {checkpointed} with activation checkpointing".format(**memory["largest"])
     verdict = "fits" if memory["fits"] else "DOES NOT FIT"
     return [
-        ("step", f"{found['step_s'] * 1e3:.1f} ms"),
+        ("step", f"{_short(found['step_s'] * 1e3)} ms"),
         ("of which, each alone (ms)", parts),
         ("bottleneck", _advice(found)),
         ("samples a second", rates),
-        ("whole run", f"{found['hours']:.1f} h, {found['gpu_hours']:.0f} GPU-hours"),
+        ("whole run", f"{_short(found['hours'])} h, {_short(found['gpu_hours'])} GPU-hours"),
         ("share of the matrix rate", f"{share['value']:.0%}, {share['origin']}"),
         ("decode, processor ms a sample", costs),
-        ("cores for decode, per GPU", f"{decode['cores_per_gpu']:.1f} ({decode['workers_per_gpu']} workers)"),
-        ("memory of a GPU", f"{memory['total'] / GB:.1f} of {memory['capacity'] / GB:.1f} GB: {verdict}"),
+        (
+            "cores for decode, per GPU",
+            f"{_short(decode['cores_per_gpu'])} ({decode['workers_per_gpu']} workers)",
+        ),
+        (
+            "memory of a GPU",
+            f"{_short(memory['total'] / GB)} of {_short(memory['capacity'] / GB)} GB: {verdict}",
+        ),
         (
             "  states, activations, pixels",
-            ", ".join(f"{value / GB:.1f}" for value in (states, memory["activations"], memory["pixels"])),
+            ", ".join(_short(value / GB) for value in (states, memory["activations"], memory["pixels"])),
         ),
         ("micro-batch", micro),
-        ("largest, of the smallest source", largest),
+        ("largest that fits, of the smallest source", largest),
     ]
+
+
+def _short(value: float) -> str:
+    """Three digits: a tiny run has figures as well."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _advice(found: dict[str, Any]) -> str:

@@ -68,9 +68,12 @@ def test_verify_finds_a_flipped_byte_and_fails(run: Path) -> None:
     assert "Traceback" not in answer.stderr
 
 
-def test_prune_keeps_the_newest_and_multiples(run: Path) -> None:
+def test_prune_keeps_the_newest_and_multiples(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     prune_checkpoints(run, 1, 200)
     assert names(run) == ["step-00000200", "step-00000400"]
+    assert capsys.readouterr().out == "removed step-00000100\nremoved step-00000300\n"
+    prune_checkpoints(run, 1, 200)
+    assert capsys.readouterr().out == "nothing to remove: 2 checkpoints are kept\n"
 
 
 def test_prune_follows_the_recipe(run: Path) -> None:
