@@ -110,22 +110,8 @@ def measure(
     folder: Path, steps: int, rank_cores: Collection[int], server_cores: Collection[int]
 ) -> dict[str, Any]:
     """The figures of each phase, and how many points the journal and MLflow have."""
-    from data_tools.synth import SynthOptions, synthesize
-
-    synthesize(
-        SynthOptions(
-            folder / "shards",
-            size=16,
-            frames=4,
-            train_videos=2,
-            val_videos=2,
-            train_images=64,
-            val_images=10,
-        )
-    )
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
+    make_shards(folder / "shards")
+    port = free_port()
     with on(server_cores):
         server = start_server(folder, port)
     with on(rank_cores):
@@ -173,6 +159,22 @@ def measure(
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
     return {"phases": figures(folder, marks), **points}
+
+
+def make_shards(folder: Path) -> None:
+    """Tiny shards, so that a step is short and what is beside it shows."""
+    from data_tools.synth import SynthOptions, synthesize
+
+    synthesize(
+        SynthOptions(folder, size=16, frames=4, train_videos=2, val_videos=2, train_images=64, val_images=10)
+    )
+
+
+def free_port() -> int:
+    """A port of the loopback that nobody has at the moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from framework.errors import CheckpointError, SchedulerError, TubeworksError
 from framework.training.elastic import fitted
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from framework.recipe.schema import Recipe
 
 __all__ = ["Plan", "check_time", "plan_run", "usable_seconds"]
+
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -93,27 +95,17 @@ def plan_run(
     submission = plan_submission(resolved, wishes, site, folder)
     check_recipe(fitted(resolved, folder, submission.ranks), submission)
     known = partitions()
-    problems: list[TubeworksError] = []
-
-    def attempt(check: Callable[[], Any]) -> Any:
-        try:
-            return check()
-        except (slurm.SlurmMissing, slurm.SlurmDown):
-            raise
-        except TubeworksError as error:
-            problems.append(error)
-            return None
-
-    attempt(lambda: check_writable(folder))
-    attempt(lambda: check_folder(folder, resolved))
-    attempt(lambda: refuse_if_active(folder))
-    partition = attempt(lambda: choose_partition(submission.partition, known))
+    problems = _Problems()
+    problems.attempt(lambda: check_writable(folder))
+    problems.attempt(lambda: check_folder(folder, resolved))
+    problems.attempt(lambda: refuse_if_active(folder))
+    partition = problems.attempt(lambda: choose_partition(submission.partition, known))
     pace = pace_of(folder, resolved, submission, hardware)
-    attempt(lambda: check_time(submission, pace, partition))
+    problems.attempt(lambda: check_time(submission, pace, partition))
     script = batch_script(submission)
-    estimate = attempt(lambda: _estimate(script)) if partition is not None else None
+    estimate = problems.attempt(lambda: _estimate(script)) if partition is not None else None
     free, kept = _free_bytes(folder), _kept(resolved)
-    attempt(lambda: _check_space(folder, pace.bytes * kept, free))
+    problems.attempt(lambda: _check_space(folder, pace.bytes * kept, free))
     done = min(newest_step(folder), resolved.train.steps)
     figures = _reach(resolved, submission, pace, done)
     return Plan(
@@ -126,10 +118,27 @@ def plan_run(
         **figures,
         free_bytes=free,
         kept_checkpoints=kept,
-        problems=tuple(str(problem) for problem in problems),
+        problems=tuple(str(problem) for problem in problems.found),
         warnings=tuple(_warnings(resolved, submission, pace, partition, figures["jobs"])),
-        exit_code=problems[0].exit_code if problems else 0,
+        exit_code=problems.found[0].exit_code if problems.found else 0,
     )
+
+
+class _Problems:
+    """Collects what is wrong, so that one plan tells all of it."""
+
+    def __init__(self) -> None:
+        self.found: list[TubeworksError] = []
+
+    def attempt(self, check: Callable[[], Found]) -> Found | None:
+        """The check's answer; None where it found a problem. Without Slurm there is nothing to plan."""
+        try:
+            return check()
+        except (slurm.SlurmMissing, slurm.SlurmDown):
+            raise
+        except TubeworksError as error:
+            self.found.append(error)
+            return None
 
 
 def usable_seconds(submission: Submission, pace: Pace) -> float:
