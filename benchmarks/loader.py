@@ -40,7 +40,7 @@ from framework.data.augment import random_box, resize
 from framework.data.clips import random_clip
 from framework.data.loader import training_batches
 from framework.data.manifest import Manifest
-from framework.data.nursery import keep_freed_memory, worker_memory
+from framework.data.nursery import worker_memory
 from framework.data.randomness import Draws, sample_seed
 from framework.data.sources import build_plan, open_sources
 from framework.data.video import VideoRequest, decode_video
@@ -333,7 +333,6 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    keep_freed_memory()  # as data workers do; all contenders gain by it
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         make_shards(folder / "large", [film(seed, SIZE, COUNT) for seed in range(arguments.films)], PRESETS)

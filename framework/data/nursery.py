@@ -26,10 +26,9 @@ import torch
 from framework.data import progress
 from framework.data.messages import Closed, offer, receive, send
 
-__all__ = ["Nursery", "keep_freed_memory", "leave_signals_to_the_rank", "worker_memory"]
+__all__ = ["Nursery", "leave_signals_to_the_rank", "worker_memory"]
 
 _SET_DEATH_SIGNAL = 1  # prctl's PR_SET_PDEATHSIG
-_KEPT_BYTES = {-1: 1 << 26, -3: 1 << 25}  # mallopt's M_TRIM_THRESHOLD, M_MMAP_THRESHOLD (which has no more)
 _COMMAND = struct.Struct("<cq")
 _ANSWER = struct.Struct("<qq")
 _REAP_SECONDS = 10.0
@@ -103,7 +102,6 @@ def _nursery(
     others.close()
     leave_signals_to_the_rank(parent)
     gc.freeze()  # pages that no collection touches stay shared with the workers
-    keep_freed_memory()
     children: set[int] = set()
     while True:
         what, number = _command(control)
@@ -159,13 +157,6 @@ def leave_signals_to_the_rank(parent: int) -> None:
         ctypes.CDLL(None).prctl(_SET_DEATH_SIGNAL, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
-
-
-def keep_freed_memory() -> None:
-    """Let this process reuse what one clip has freed for the next, without asking the kernel for pages."""
-    with contextlib.suppress(AttributeError):  # not glibc, whose malloc it is
-        for option, value in _KEPT_BYTES.items():
-            ctypes.CDLL(None).mallopt(option, value)
 
 
 def _worker(
