@@ -52,7 +52,12 @@ class _Root(TyperGroup):
         except OSError as error:
             if error.filename is None and error.errno in (errno.ENOSPC, errno.EIO):  # output has no name
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-                typer.echo(f"error: cannot write the output: {error.strerror}", err=True)
+                typer.echo(
+                    f"error: cannot write the output: {error.strerror}; make room on the disk that it "
+                    "goes to (of a training: that of the run folder) and start again; a run goes on from its "
+                    "last checkpoint",
+                    err=True,
+                )
             elif error.filename is not None and error.errno in (errno.EACCES, errno.ENAMETOOLONG):
                 typer.echo(f"error: {error.filename}: {error.strerror}; check the path", err=True)
             else:
