@@ -13,7 +13,8 @@ import io
 import os
 import shutil
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -67,11 +68,27 @@ disk = Disk()
 """Looked up at every call: a test may replace it."""
 
 
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Errors of writing by a descriptor name no file; whoever reads of them needs one."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
 class _File(io.FileIO):
-    """A file for whoever wants a file object; what is written goes through `disk`."""
+    """A file for whoever wants a file object; what is written goes through `disk`, and errors name `path`."""
+
+    def __init__(self, descriptor: int, path: Path) -> None:
+        super().__init__(descriptor, "wb")
+        self._path = path
 
     def write(self, content: Any, /) -> int:
-        return disk.write(self.fileno(), content)
+        with _named(self._path):
+            return disk.write(self.fileno(), content)
 
 
 def hash_file(path: Path) -> str:
@@ -101,12 +118,13 @@ def append_line(path: Path, line: str) -> None:
     content = line.encode("utf-8") + b"\n"
     descriptor = disk.extend(path)
     try:
-        size = os.fstat(descriptor).st_size
-        if _is_torn(path, size):
-            content = b"\n" + content
-        if disk.write(descriptor, content) != len(content):
-            os.ftruncate(descriptor, size)
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        with _named(path):
+            size = os.fstat(descriptor).st_size
+            if _is_torn(path, size):
+                content = b"\n" + content
+            if disk.write(descriptor, content) != len(content):
+                os.ftruncate(descriptor, size)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     finally:
         os.close(descriptor)
 
@@ -129,10 +147,11 @@ def replace_file(path: Path, write: Callable[[BinaryIO], Any], *, rivals: bool =
     own = f".{socket.gethostname()}-{os.getpid()}" if rivals else ""
     temporary = path.with_name(f"{path.name}{own}.tmp")
     try:
-        with io.BufferedWriter(_File(disk.create(temporary), "wb"), _BLOCK) as file:
+        with io.BufferedWriter(_File(disk.create(temporary), path), _BLOCK) as file:
             write(file)
             file.flush()
-            disk.sync(file.fileno())
+            with _named(path):
+                disk.sync(file.fileno())
         disk.rename(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)

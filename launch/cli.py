@@ -31,6 +31,15 @@ from launch.streams import outlive_reader
 __all__ = ["app", "main"]
 
 
+_ADVICE = {
+    errno.EACCES: "check the path",
+    errno.ENAMETOOLONG: "check the path",
+    errno.ENOSPC: "make room there and start again; what was finished stays",
+    errno.EDQUOT: "make room in the quota and start again; what was finished stays",
+    errno.EROFS: "the file system is read-only; choose another place",
+}
+
+
 class _Root(TyperGroup):
     """Turns what commands raise into messages and exit codes; a defect keeps its traceback."""
 
@@ -58,8 +67,8 @@ class _Root(TyperGroup):
                     "last checkpoint",
                     err=True,
                 )
-            elif error.filename is not None and error.errno in (errno.EACCES, errno.ENAMETOOLONG):
-                typer.echo(f"error: {error.filename}: {error.strerror}; check the path", err=True)
+            elif error.filename is not None and error.errno in _ADVICE:
+                typer.echo(f"error: {error.filename}: {error.strerror}; {_ADVICE[error.errno]}", err=True)
             else:
                 raise
             sys.exit(1)

@@ -57,7 +57,7 @@ from framework.training.signals import SignalFlag
 from framework.training.state import TrainState
 from framework.training.supervision import Supervision
 from framework.training.update import Outcome, schedule_of, take_step
-from framework.watch.attempts import close_attempt
+from framework.watch.attempts import close_own_attempt
 from framework.watch.heart import Heart
 from framework.watch.sentinel import SLOW
 from framework.world import World
@@ -143,7 +143,7 @@ def attempt_run(
         recorder.close(status)
         if peers.world.is_main:
             cause += f" by {signal.Signals(stopped_by).name}" if stopped_by else ""
-            close_attempt(run, attempt, cause=cause, end_step=session.done)
+            close_own_attempt(run, attempt, cause, session.done)
     return stopped_by, goes_on
 
 

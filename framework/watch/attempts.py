@@ -9,6 +9,7 @@ crash, `accused` (rank -> why). Causes: `finished`, `stopped by SIGTERM`, `rollb
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import time
 from collections.abc import Mapping
@@ -21,10 +22,13 @@ from framework.tracking.lock import RunLock
 __all__ = [
     "attempts_of",
     "close_attempt",
+    "close_own_attempt",
     "close_unknown",
     "forget_heartbeats",
     "newest_checkpoint",
 ]
+
+log = logging.getLogger(__name__)
 
 
 def newest_checkpoint(run: Path) -> int | None:
@@ -73,6 +77,14 @@ def close_attempt(
     finally:
         if lock is not None:
             lock.release()
+
+
+def close_own_attempt(run: Path, attempt: int, cause: str, end_step: int) -> None:
+    """Write down how this process's attempt ended, if that can be written: what ended it goes first."""
+    try:
+        close_attempt(run, attempt, cause=cause, end_step=end_step)
+    except OSError as error:
+        log.warning("run.json does not say how attempt %d ended: %s", attempt, error)
 
 
 def forget_heartbeats(run: Path, attempt: int) -> None:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from framework.errors import Hang, TubeworksError
-from framework.watch.attempts import close_attempt
+from framework.watch.attempts import close_own_attempt
 from framework.watch.page import PHASES, Page
 from framework.watch.sentinel import COMPOSED, ENDED, FAILED, KILL, RUNNING, Watched, guard
 
@@ -115,7 +115,7 @@ class Heart:
             return
         if self._is_main and page.get("attempt") >= 0:
             cause = f"stopped by {signal.Signals(number).name}"
-            close_attempt(self._run, page.get("attempt"), cause=cause, end_step=page.get("step"))
+            close_own_attempt(self._run, page.get("attempt"), cause, page.get("step"))
         self.end()
 
     def end(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from rank_processes import journalled, start_training, train_to_end
+from rank_processes import journalled, start_training, train_to_end, wait_for_step
 
 from framework.errors import CheckpointError
 from framework.recipe.checkpoint_section import Checkpoint
@@ -274,6 +275,26 @@ def test_no_space_left(recipe_file: Path, small_disk: Path, trained: Path) -> No
     train_to_end(recipe_file, run, 2)
     assert journalled(run) == journalled(trained)
     assert newest_valid(run) == folder_of(run, 6)
+
+
+def test_a_disk_without_a_byte_left_hides_no_reason(recipe_file: Path, small_disk: Path) -> None:
+    remount(small_disk, "size=64m")
+    run = small_disk / "run"
+    job = start_training(recipe_file, run, 2, "train.steps=500")
+    wait_for_step(job, run, 4)
+    ballast = os.open(small_disk / "ballast", os.O_WRONLY | os.O_CREAT)
+    while any(process.is_alive() for process in job.processes):  # what it takes back is taken again
+        with contextlib.suppress(OSError):
+            os.write(ballast, bytes(1 << 16))
+    os.close(ballast)
+    codes = job.wait()
+    last = [line for line in job.said().splitlines() if line.startswith("error:")][-1]
+    if codes == [4, 4]:
+        assert "no space left while writing" in last
+    else:
+        assert codes == [1, 1]
+        assert "journal.jsonl cannot be written: No space left on device" in last
+    assert "Traceback" not in job.said()
 
 
 def test_a_disk_that_turns_read_only(recipe_file: Path, small_disk: Path, trained: Path) -> None:
