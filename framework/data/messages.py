@@ -5,7 +5,8 @@ no room in /dev/shm, and are given back by the kernel when the last process lets
 comes over the socket was pickled by our own fork, never by a stranger.
 
 Memory that is new costs the kernel as much time as a twentieth of a clip's decoding. So what a rank no longer
-uses (`Lent`) goes back with the next message to a worker, any worker, which fills it again (`offer`).
+uses (`Lent`) goes back with the next message to a worker, any worker, which fills it again (`offer`). Both
+sides keep it mapped, and know it by its name when its descriptor comes again.
 """
 
 from __future__ import annotations
@@ -19,18 +20,22 @@ import socket
 import struct
 import sys
 import tempfile
-from collections.abc import Sequence
+import weakref
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
-from torch.multiprocessing.reductions import StorageWeakRef
 
 __all__ = ["Closed", "Lent", "Memory", "offer", "receive", "send", "shared_memory"]
 
-_HEAD = struct.Struct("<QI")  # bytes of the pickle, number of descriptors
+_HEAD = struct.Struct("<QII")  # bytes of the pickle, memories that tensors of the item lie in, and others
+_ENTRY = struct.Struct("<Q12s")  # size and name of a memory; these follow the head, in the descriptors' order
 _MAX_DESCRIPTORS = 250  # Linux passes 253 at once
 _MAX_LENT = 250  # a process may have 1024 descriptors in all, where nobody raised the limit
+_NAME_BYTES = 12  # random, so that no two are ever taken for each other
 _POPULATE = 23  # madvise's MADV_POPULATE_WRITE, which Linux has since 5.14
 _CLOSE_ON_EXEC = getattr(socket, "MSG_CMSG_CLOEXEC", 0)  # programs that a rank starts inherit no descriptor
 _SHARED_FROM = 1 << 16  # larger tensors travel in shared memory, too: a socket would block its sender
@@ -42,16 +47,24 @@ class Closed(Exception):
 
 @dataclass(frozen=True)
 class Memory:
-    """Shared memory of so many bytes; sent in a message, it is the receiver's alone."""
+    """Shared memory of so many bytes, by a descriptor of this process and a name that all know it by."""
 
     size: int
+    name: bytes
     descriptor: int
 
     def close(self) -> None:
-        """Let go of it."""
+        """Let go of the descriptor; who has it mapped, or another descriptor of it, keeps it."""
+        os.close(self.descriptor)
+
+    def destroy(self) -> None:
+        """Give its pages back to the system, whoever has it mapped; nobody may look at it any more."""
+        os.ftruncate(self.descriptor, 0)
         os.close(self.descriptor)
 
 
+_mappings: OrderedDict[bytes, torch.Tensor] = OrderedDict()
+"""What this process, a worker, has mapped to fill it, by name; what was used last is last."""
 _taken: dict[int, Memory] = {}
 """What this process has taken by `shared_memory` and not sent yet, by address."""
 _offered: list[Memory] = []
@@ -59,46 +72,73 @@ _offered: list[Memory] = []
 
 
 @dataclass
+class _Block:
+    """Shared memory that has come with an item. It is in use as long as somebody holds `view`."""
+
+    memory: Memory
+    mapped: torch.Tensor
+    view: weakref.ref[np.ndarray] | None = None
+    away: bool = False
+    """Whether a worker has it, to fill it again."""
+
+    @property
+    def free(self) -> bool:
+        return not self.away and (self.view is None or self.view() is None)
+
+
+@dataclass
 class Lent:
-    """The shared memory that has come with items, and whether a tensor of this process still uses it."""
+    """The shared memory that has come with items: a rank's, which lends it to its workers."""
 
-    _used: list[tuple[Memory, StorageWeakRef]] = field(default_factory=list)
-    _free: list[Memory] = field(default_factory=list)
-    _sizes: list[int] = field(default_factory=list)
-    """Of the blocks of the last item that had any."""
+    _blocks: dict[bytes, _Block] = field(default_factory=dict)
+    _last: list[int] = field(default_factory=list)
+    """Sizes of the blocks of the last item that had any."""
 
-    def came(self, blocks: Sequence[tuple[Memory, torch.Tensor]]) -> None:
-        """An item has come in these blocks; its tensors are views of the given ones."""
-        for memory, tensor in blocks:
-            if len(self._used) < _MAX_LENT:
-                self._used.append((memory, StorageWeakRef(tensor.untyped_storage())))
-            else:  # somebody keeps all items: this one's memory is not filled again
-                memory.close()
-        self._sizes = [memory.size for memory, _ in blocks] or self._sizes
+    def came(self, memories: Sequence[Memory]) -> list[torch.Tensor]:
+        """An item has come in this memory: uint8 tensors of it, which are watched, and all their views."""
+        self._last = [memory.size for memory in memories] or self._last
+        return [self._came(memory) for memory in memories]
 
-    def returned(self) -> list[Memory]:
+    def _came(self, memory: Memory) -> torch.Tensor:
+        block = self._blocks.get(memory.name)
+        if block is None:
+            block = self._blocks[memory.name] = _Block(memory, _mapped(memory))
+        else:
+            memory.close()
+        block.away = False
+        if len(self._blocks) > _MAX_LENT:  # somebody keeps all items: from now on copies of them
+            return block.mapped.clone()
+        view = block.mapped.numpy()[:]
+        block.view = weakref.ref(view)
+        return torch.from_numpy(view)  # whose memory holds `view` as long as any tensor uses it
+
+    def lend(self) -> list[Memory]:
         """Memory for one more item like the last, of what nothing here uses any more."""
-        used = []
-        for memory, storage in self._used:
-            if storage.expired():
-                self._free.append(memory)
-            else:
-                used.append((memory, storage))
-        self._used = used
+        free = [block for block in self._blocks.values() if block.free]
         chosen = []
-        for size in self._sizes:
-            if (memory := next((one for one in self._free if one.size == size), None)) is not None:
-                self._free.remove(memory)
-                chosen.append(memory)
-        while len(self._free) > len(self._sizes):  # what was kept for long has come back at once
-            self._free.pop(0).close()
+        for size in self._last:
+            if (block := next((one for one in free if one.memory.size == size), None)) is not None:
+                free.remove(block)
+                block.away = True
+                chosen.append(block.memory)
+        surplus = max(0, len(free) - len(self._last))  # what was kept for long has come back at once
+        self._forget(block.memory for block in free[:surplus])
         return chosen
+
+    def settle(self, memories: Iterable[Memory]) -> None:
+        """A worker has used lent memory for what has come from it by now, or is gone: forget the rest."""
+        self._forget([memory for memory in memories if self._blocks[memory.name].away])
+
+    def _forget(self, memories: Iterable[Memory]) -> None:
+        for memory in memories:
+            del self._blocks[memory.name]
+            memory.destroy()
 
     def close(self) -> None:
         """Let go of all; tensors that use some of it keep it."""
-        for memory in (*self._free, *(memory for memory, _ in self._used)):
-            memory.close()
-        self._free, self._used = [], []
+        for block in self._blocks.values():
+            block.memory.close()
+        self._blocks.clear()
 
 
 def shared_memory(size: int) -> torch.Tensor:
@@ -108,26 +148,50 @@ def shared_memory(size: int) -> torch.Tensor:
         OSError, RuntimeError: there is no room, or no descriptor.
     """
     memory = next((one for one in _offered if one.size == max(1, size)), None)
-    if memory is not None:
-        _offered.remove(memory)
+    if memory is None:
+        memory, again = _new_memory(max(1, size)), False
     else:
-        memory = _new_memory(max(1, size))
+        _offered.remove(memory)
+        again = True
     try:
-        tensor = _mapped(memory)
+        tensor = _mappings.get(memory.name)
+        if tensor is None:
+            tensor = _mapped(memory)
+            _take_pages(tensor)
     except BaseException:
         memory.close()
         raise
-    if sys.platform == "linux":  # all pages in one go cost half of what they do one by one
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(tensor.data_ptr()), ctypes.c_size_t(memory.size), _POPULATE)
+    if again:  # then it comes once more
+        _keep(memory, tensor)
     _taken[tensor.data_ptr()] = memory
     return tensor[:size]
 
 
 def offer(memories: Sequence[Memory]) -> None:
     """Memory that `shared_memory` may give out, instead of what was offered before."""
-    while _offered:
-        _offered.pop().close()
-    _offered.extend(memories)
+    _let_go(_offered)
+    _offered[:] = memories
+
+
+def _let_go(memories: Iterable[Memory]) -> None:
+    """Of memory that will not come again."""
+    for memory in memories:
+        _mappings.pop(memory.name, None)
+        memory.close()
+
+
+def _keep(memory: Memory, tensor: torch.Tensor) -> None:
+    _mappings[memory.name] = tensor
+    _mappings.move_to_end(memory.name)
+    while len(_mappings) > _MAX_LENT:
+        _mappings.popitem(last=False)
+
+
+def _take_pages(tensor: torch.Tensor) -> None:
+    """All in one go, which costs half of what they do one by one."""
+    if sys.platform == "linux":
+        address, size = ctypes.c_void_p(tensor.data_ptr()), ctypes.c_size_t(tensor.nbytes)
+        ctypes.CDLL(None).madvise(address, size, _POPULATE)
 
 
 def _new_memory(size: int) -> Memory:
@@ -142,7 +206,7 @@ def _new_memory(size: int) -> Memory:
     except BaseException:
         os.close(descriptor)
         raise
-    return Memory(size, descriptor)
+    return Memory(size, os.urandom(_NAME_BYTES), descriptor)
 
 
 def _mapped(memory: Memory) -> torch.Tensor:
@@ -153,34 +217,31 @@ def _mapped(memory: Memory) -> torch.Tensor:
 
 
 class _Pickler(pickle.Pickler):
-    """Replaces shared memory, and tensors in it, by the number of its descriptor in the message."""
+    """Replaces shared memory, and tensors in it, by the number that it has in the message."""
 
     def __init__(self, file: io.BytesIO) -> None:
         super().__init__(file, protocol=pickle.HIGHEST_PROTOCOL)
-        self.memories: list[Memory] = []
+        self.filled: list[Memory] = []
+        """Memories that tensors lie in."""
+        self.others: list[Memory] = []
         self._copies: list[torch.Tensor] = []
 
     def persistent_id(self, obj: Any) -> Any:
         """How the unpickler finds an object that does not lie in the pickle; None for one that does."""
         if isinstance(obj, Memory):
-            return self._place(obj), obj.size
+            return (_place(self.others, obj),)
         if not isinstance(obj, torch.Tensor) or obj.requires_grad:
             return None
-        storage = obj.untyped_storage()
-        if storage.data_ptr() not in _taken or len(self.memories) >= _MAX_DESCRIPTORS:
-            if obj.nbytes < _SHARED_FROM or len(self.memories) >= _MAX_DESCRIPTORS:
+        storage, full = obj.untyped_storage(), len(self.filled) + len(self.others) >= _MAX_DESCRIPTORS
+        if storage.data_ptr() not in _taken or full:
+            if obj.nbytes < _SHARED_FROM or full:
                 return None
             copy = shared_memory(obj.nbytes).view(obj.dtype).view(obj.shape)
             copy.copy_(obj)
             self._copies.append(copy)
             obj, storage = copy, copy.untyped_storage()
-        place = self._place(_taken[storage.data_ptr()])
-        return place, storage.nbytes(), obj.dtype, obj.storage_offset(), tuple(obj.shape), obj.stride()
-
-    def _place(self, memory: Memory) -> int:
-        if memory not in self.memories:
-            self.memories.append(memory)
-        return self.memories.index(memory)
+        place = _place(self.filled, _taken[storage.data_ptr()])
+        return place, obj.dtype, obj.storage_offset(), tuple(obj.shape), obj.stride()
 
     def reducer_override(self, obj: Any) -> Any:
         """How tensors of the pickle itself travel."""
@@ -189,35 +250,31 @@ class _Pickler(pickle.Pickler):
         return NotImplemented
 
 
+def _place(memories: list[Memory], memory: Memory) -> int:
+    if memory not in memories:
+        memories.append(memory)
+    return memories.index(memory)
+
+
 class _Unpickler(pickle.Unpickler):
-    """Puts back what `_Pickler` has replaced; `blocks` tells what the message came in."""
+    """Puts back what `_Pickler` has replaced."""
 
-    def __init__(self, file: io.BytesIO, descriptors: Sequence[int]) -> None:
-        super().__init__(file)
-        self._descriptors = descriptors
-        self.memories: list[Memory] = []
-        self._mapped: dict[int, tuple[Memory, torch.Tensor]] = {}
-
-    @property
-    def blocks(self) -> list[tuple[Memory, torch.Tensor]]:
-        """The shared memory that tensors of the message lie in."""
-        return list(self._mapped.values())
+    def __init__(self, data: bytearray, filled: Sequence[torch.Tensor], others: Sequence[Memory]) -> None:
+        super().__init__(io.BytesIO(data))
+        self._filled = filled
+        self._others = others
 
     def persistent_load(self, pid: Any) -> Any:
         """The object that `_Pickler.persistent_id` described."""
-        place, size, *layout = pid
-        memory = Memory(size, self._descriptors[place])
+        place, *layout = pid
         if not layout:
-            self.memories.append(memory)
-            return memory
-        if place not in self._mapped:
-            self._mapped[place] = memory, _mapped(memory)
+            return self._others[place]
         dtype, offset, shape, stride = layout
-        return self._mapped[place][1].view(dtype).as_strided(shape, stride, offset)
+        return self._filled[place].view(dtype).as_strided(shape, stride, offset)
 
 
 def send(connection: socket.socket, item: Any) -> None:
-    """Send an item; its shared memory is the receiver's from then on.
+    """Send an item; what `shared_memory` has given out for it is the receiver's from then on.
 
     Errors:
         Closed: the receiver is gone.
@@ -227,15 +284,17 @@ def send(connection: socket.socket, item: Any) -> None:
     pickler = _Pickler(file)
     try:
         pickler.dump(item)
-        data, memories = file.getbuffer(), pickler.memories
+        data, memories = file.getbuffer(), [*pickler.filled, *pickler.others]
+        head = _HEAD.pack(len(data), len(pickler.filled), len(pickler.others))
+        head += b"".join(_ENTRY.pack(memory.size, memory.name) for memory in memories)
         try:
-            head = _HEAD.pack(len(data), len(memories))
             socket.send_fds(connection, [head], [memory.descriptor for memory in memories])
             connection.sendall(data)
         except OSError as error:
             raise Closed(str(error)) from error
     finally:
-        for memory in {*_taken.values(), *pickler.memories}:
+        _let_go(memory for memory in _taken.values() if memory not in pickler.filled)
+        for memory in pickler.filled:
             memory.close()
         _taken.clear()
 
@@ -248,33 +307,50 @@ def receive(connection: socket.socket, lent: Lent | None = None) -> Any:
     """
     descriptors: list[int] = []
     try:
-        head = b""
-        while len(head) < _HEAD.size:
-            part, more, _, _ = socket.recv_fds(
-                connection, _HEAD.size - len(head), _MAX_DESCRIPTORS, _CLOSE_ON_EXEC
-            )
-            descriptors += more
-            if not part:
-                raise Closed("end of the connection")
-            head += part
-        length, _ = _HEAD.unpack(head)
-        data = bytearray(length)
-        view = memoryview(data)
-        while view:
-            count = connection.recv_into(view)
-            if not count:
-                raise Closed("end of the connection inside a message")
-            view = view[count:]
-        unpickler = _Unpickler(io.BytesIO(data), descriptors)
-        item = unpickler.load()
-        kept = {memory.descriptor for memory in unpickler.memories}
-        if lent is not None:
-            lent.came(unpickler.blocks)
-            kept |= {memory.descriptor for memory, _ in unpickler.blocks}
-        descriptors = [one for one in descriptors if one not in kept]
-        return item
-    except OSError as error:
-        raise Closed(str(error)) from error
-    finally:
+        length, filled, others = _HEAD.unpack(_head(connection, descriptors))
+        entries = _ENTRY.iter_unpack(_exactly(connection, (filled + others) * _ENTRY.size))
+        data = _exactly(connection, length)
+    except BaseException as error:
         for descriptor in descriptors:
             os.close(descriptor)
+        if isinstance(error, OSError):
+            raise Closed(str(error)) from error
+        raise
+    memories = [
+        Memory(size, name, descriptor) for (size, name), descriptor in zip(entries, descriptors, strict=True)
+    ]
+    tensors = lent.came(memories[:filled]) if lent else _received(memories[:filled])
+    return _Unpickler(data, tensors, memories[filled:]).load()
+
+
+def _head(connection: socket.socket, descriptors: list[int]) -> bytes:
+    """The head of a message; all its descriptors come with it, and are added to the list."""
+    head = b""
+    while len(head) < _HEAD.size:
+        part, more, _, _ = socket.recv_fds(
+            connection, _HEAD.size - len(head), _MAX_DESCRIPTORS, _CLOSE_ON_EXEC
+        )
+        descriptors += more
+        if not part:
+            raise Closed("end of the connection")
+        head += part
+    return head
+
+
+def _exactly(connection: socket.socket, count: int) -> bytearray:
+    data = bytearray(count)
+    view = memoryview(data)
+    while view:
+        received = connection.recv_into(view)
+        if not received:
+            raise Closed("end of the connection inside a message")
+        view = view[received:]
+    return data
+
+
+def _received(memories: Sequence[Memory]) -> list[torch.Tensor]:
+    """Tensors of memory that is theirs alone."""
+    tensors = [_mapped(memory) for memory in memories]
+    for memory in memories:
+        memory.close()
+    return tensors

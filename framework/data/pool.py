@@ -169,8 +169,8 @@ class _Worker:
     slot: int
     pid: int
     connection: socket.socket
-    tasks: list[int] = field(default_factory=list)
-    """Items that it was asked for, in this order."""
+    tasks: dict[int, list[messages.Memory]] = field(default_factory=dict)
+    """Items that it was asked for, in this order, and the memory that it was lent for each."""
     seen: int = -1
     quiet: float = 0.0
     """Seconds that its rank has waited without a sign of life."""
@@ -277,8 +277,8 @@ class _Pooled(Items[Item]):
             self._asked += 1
 
     def _give(self, worker: _Worker, number: int) -> None:
-        worker.tasks.append(number)
-        self._say(worker, ("make", (number, self._lent.returned())))
+        worker.tasks[number] = self._lent.lend()
+        self._say(worker, ("make", (number, worker.tasks[number])))
 
     def _say(self, worker: _Worker, message: Any) -> None:
         with contextlib.suppress(messages.Closed):  # it is dead, which shows when its answer is read
@@ -297,7 +297,7 @@ class _Pooled(Items[Item]):
                 self._bury(worker, hung=False)
                 continue
             self.transfer_seconds += time.perf_counter() - arrived
-            worker.tasks.remove(number)
+            self._lent.settle(worker.tasks.pop(number))
             worker.quiet = 0.0
             self._losses.pop(number, None)
             self._made[number] = (item, defect)
@@ -327,10 +327,11 @@ class _Pooled(Items[Item]):
         self._workers.remove(worker)
         how = f"hung for {worker.quiet:.0f} s" if hung else f"was ended by {_ending(code)}"
         at = f" at {doing.stage} of {self._care.describe(doing.source, doing.index)}" if doing.stage else ""
-        task = worker.tasks[0] if worker.tasks else -1
+        task = next(iter(worker.tasks), -1)
         self._judge(task, doing, how, code, f"data worker {worker.pid} {how}{at}")
         self._spawn(worker.slot)
-        for number in worker.tasks:
+        for number, memories in worker.tasks.items():
+            self._lent.settle(memories)
             self._give(self._least_busy(), number)
 
     def _judge(self, task: int, doing: Doing, how: str, code: int | None, what: str) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import ModuleType
 
 import numpy
+import psutil
 import pytest
 import torch
 
@@ -205,6 +206,61 @@ def shared_memory_here() -> set[int]:
             if os.readlink(entry.path).startswith("/memfd:tubeworks"):
                 found.add(os.stat(entry.path).st_ino)
     return found
+
+
+def test_memory_that_comes_again_is_mapped_already() -> None:
+    def make(_: int) -> tuple[torch.Tensor, int]:
+        pixels = pixel_memory((1000 * 4096,))
+        pixels.fill_(1)
+        return pixels, resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+    faults = [there for _, there in in_order(make, 40, 1, 1)]
+    assert faults[9] - faults[0] >= 2 * 1000, "what is new costs a fault a page"
+    assert faults[39] - faults[9] < 1000, "30 items of 1000 pages"
+
+
+def test_memory_lent_to_a_worker_that_is_lost_is_given_up(tmp_path: Path) -> None:
+    def make(item: int) -> torch.Tensor:
+        pixels = pixel_memory((1 << 20,))
+        if item % 10 == 9:
+            with contextlib.suppress(FileExistsError):
+                (tmp_path / str(item)).touch(exist_ok=False)
+                os.kill(os.getpid(), signal.SIGKILL)
+        return pixels.fill_(item)
+
+    items, seen = in_order(make, 100, 1, 2), set()
+    for number, pixels in enumerate(items):
+        assert bool((pixels == number).all())
+        seen |= shared_memory_here()
+        assert len(shared_memory_here() | mapped_here()) <= 2 + 3
+    assert len(seen) > 10, "the memory of 10 workers that were lost came in no more"
+
+
+def test_what_came_back_at_once_is_memory_of_nobody_any_more() -> None:
+    items = in_order(lambda item: pixel_memory((1 << 20,)).fill_(item % 256), 400, 1, 1)
+    kept = [next(items) for _ in range(300)]  # more than a rank keeps track of: some are copies
+    for _ in range(50):
+        kept = [*kept[1:], next(items)]
+    assert all(bool((pixels == (50 + place) % 256).all()) for place, pixels in enumerate(kept))
+    worker = max(psutil.Process().children(recursive=True), key=lambda child: child.create_time())
+    kept.clear()
+    for _ in range(20):
+        next(items)
+    assert len(mapped_here()) <= 4
+    assert shared_pages(worker) < 10 << 20
+    items.close()
+
+
+def mapped_here() -> set[int]:
+    """The shared memory that this process has mapped, by inode."""
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    return {int(line.split()[4]) for line in lines if "/memfd:tubeworks" in line}
+
+
+def shared_pages(process: psutil.Process) -> int:
+    """Bytes of shared memory that really lie in memory and that a process has mapped."""
+    lines = Path(f"/proc/{process.pid}/smaps").read_text().split("/memfd:tubeworks")[1:]
+    return sum(int(line.split("Rss:")[1].split()[0]) << 10 for line in lines)
 
 
 def test_a_rank_that_keeps_all_items_keeps_no_descriptor_of_each() -> None:
