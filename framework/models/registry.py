@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 from collections.abc import Mapping
 from dataclasses import replace
@@ -15,6 +14,7 @@ from framework.models.scaleup import BridgedTokenizer, ScaledTubeViT
 from framework.models.tokenizer import TubeTokenizer
 from framework.models.tubevit import Size, TubeViT
 from framework.models.video_registry import build_video_model, view_sizes
+from framework.recipe.model_names import MODEL_NAMES, model_families, model_names
 from framework.recipe.patches import tube_of
 from framework.recipe.schema import MTV, AnyModel, Model, Tube
 from framework.recipe.tube_sets import tubes_of
@@ -47,42 +47,9 @@ while 24 layers of this width with a 16x16 patch kernel have 303.1 M. H: the ker
 while the paper's H keeps those that were trained in B, with 768 channels.
 """
 
-VARIANTS = {
-    "tubevit": ("",),
-    "vit": ("",),
-    "vivit": ("_m1", "_m2", "_m3", "_m4", "_avgpool"),
-    "timesformer": ("_divided", "_joint", "_space"),
-    "videomae": ("",),
-    "mtv": ("",),
-}
-NAMES = {
-    f"{family}_{size}{variant}": numbers
-    for family, variants in VARIANTS.items()
-    for size, numbers in SIZES.items()
-    for variant in variants
-    if family != "mtv" or size == "b"
-}
-"""The encoder of every model by its name; MTV-B is the name of three encoders, of which this is the first."""
+NAMES = {name: SIZES[size] for name, size in MODEL_NAMES.items()}
+"""The encoder of every model by its name."""
 NAMES["vivit_ti_m4"] = replace(SIZES["ti"], heads=4)  # three heads have no halves
-
-
-def model_names(family: str | None = None) -> list[str]:
-    """All names that `model.name` may take, or those of one family."""
-    return [name for name in NAMES if family in (None, name.partition("_")[0])]
-
-
-def model_families() -> list[str]:
-    """The names of all models for people, a family in a line: `timesformer_{ti,s}_{divided,joint}`."""
-    lines = []
-    for family, variants in VARIANTS.items():
-        sizes = list(dict.fromkeys(name.split("_")[1] for name in model_names(family)))
-        parts = [sizes, [variant.removeprefix("_") for variant in variants if variant]]
-        lines.append("_".join([family, *(_one_of(words) for words in parts if words)]))
-    return lines
-
-
-def _one_of(words: list[str]) -> str:
-    return words[0] if len(words) == 1 else f"{{{','.join(words)}}}"
 
 
 def size_of(model: AnyModel) -> Size:
@@ -91,14 +58,8 @@ def size_of(model: AnyModel) -> Size:
     Without `mlp_width` the MLP keeps four times the width.
 
     Errors:
-        RecipeError: no such model, or a width that the heads do not divide.
+        RecipeError: a width that the heads do not divide.
     """
-    if model.name not in NAMES:
-        near = difflib.get_close_matches(model.name, NAMES, n=1, cutoff=0.0)
-        raise RecipeError(
-            f"model.name: there is no model `{model.name}`; did you mean `{near[0]}`? "
-            f"Known are {' '.join(model_families())}"
-        )
     known = NAMES[model.name]
     if isinstance(model, MTV):
         return view_sizes(model)[0]

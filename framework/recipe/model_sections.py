@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, Union
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
+from framework.recipe.model_names import ModelName
 from framework.recipe.sections import (
     BrokenRule,
     Depth,
@@ -76,7 +77,7 @@ class ScaleUp(Section):
 class Model(Section):
     """TubeViT. `name` fixes the size; the optional fields override single numbers of it."""
 
-    name: str = "tubevit_b"
+    name: ModelName = "tubevit_b"
     width: Width | None = None
     depth: Depth | None = None
     heads: Width | None = None
@@ -125,7 +126,7 @@ SECTIONS = {
 def family_of(model: Any) -> str:
     """The family of a `model` section, by its name; what is unknown counts as a TubeViT.
 
-    So an unknown name is not a wrong section: the registry knows all names, and which one is near.
+    So an unknown name is not a wrong section, but a name that `ModelName` refuses.
     """
     name = model.get("name") if isinstance(model, Mapping) else getattr(model, "name", None)
     family = str(name).partition("_")[0]

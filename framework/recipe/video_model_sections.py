@@ -9,6 +9,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from framework.recipe.model_names import ModelName
 from framework.recipe.sections import BrokenRule, Depth, Fraction, Positive, Section, Triple, Width
 
 __all__ = ["MTV", "Gelu", "MTVView", "Masking", "TimeSformer", "ViT", "ViViT", "VideoMAE"]
@@ -20,7 +21,7 @@ class _Named(Section):
     """What all have."""
 
     scale_up: ClassVar[None] = None
-    name: str
+    name: ModelName
     stochastic_depth: Fraction = 0.0
     """Share of branches that are dropped at the last layer; linearly fewer before."""
 

@@ -27,7 +27,7 @@ def test_all_errors_at_once_each_at_its_line(write: Write) -> None:
         wrong="""\
 name: wrong
 modle: {name: tubevit_ti}
-model: {name: tubevit_ti, depth: 0}
+model: {name: tubevit_huge, depth: 0}
 data:
   sources:
     motion: {kind: video, classes: 8, path: x, clip: {frames: 8, stide: 1}}
@@ -44,6 +44,7 @@ engine:
     assert [line.split(": ")[0] for line in found] == [
         "wrong.yaml:2",
         "wrong.yaml:3",
+        "wrong.yaml:3",
         "wrong.yaml:6",
         "wrong.yaml:8",
         "wrong.yaml:9",
@@ -53,6 +54,10 @@ engine:
     ]
     text = "\n".join(found)
     assert "modle: unknown key, did you mean `model`?" in text
+    assert (
+        "model.name: there is no model `tubevit_huge`; did you mean `tubevit_h`? Known are tubevit_{ti,"
+        in text
+    )
     assert "model.depth: must be greater than 0, not 0" in text
     assert "clip.stide: unknown key, did you mean `stride`?" in text
     assert "data.mixture.motion: must be an integer greater than 0 and at most 1000000, " in text
@@ -96,6 +101,8 @@ def test_overrides_are_named_as_they_were_typed(good: str) -> None:
         ("train.steps=true", "must be an integer greater than 0 and at most 1000000000, not true"),
         ("train.steps=1000000000000", "must be at most 1000000000, not 1000000000000"),
         ("train.steps=1.5", "must be an integer greater than 0 and at most 1000000000, not 1.5"),
+        ("model.name=tubvit_b", "there is no model `tubvit_b`; did you mean `tubevit_b`?"),
+        ("model={name: vivit_b, embedding: frames}", "model.name: there is no model `vivit_b`"),
         ("train.compile=yes", "must be true or false, not yes"),
         ("train.compile=1", "must be true or false, not 1"),
         ("optimizer.lr=.inf", "must be a number greater than 0, not .inf"),
