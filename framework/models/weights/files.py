@@ -112,13 +112,14 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Detected pickle protocol")  # what matters is said below
             content: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:  # torch would advise to load it all the same, and to run its code
+    except (OSError, RuntimeError, MemoryError) as error:  # of the file system, and of torch's archive reader
+        raise ModelError(f"{path}: cannot be read as weights ({_first_line(error)})") from error
+    except Exception as error:  # torch's unpickler raises all kinds of errors for bytes that are no pickle;
+        # for a pickle of other things it would advise to load it all the same, and to run its code
         raise ModelError(
             f"{path}: is no PyTorch file, or holds more than tensors and plain values, which is never "
             "loaded; ask its authors for .safetensors"
         ) from error
-    except RuntimeError as error:  # torch's own archive reader
-        raise ModelError(f"{path}: cannot be read as weights ({_first_line(error)})") from error
     for key in CONTAINERS:
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]

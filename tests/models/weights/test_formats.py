@@ -219,6 +219,10 @@ def test_files_of_another_content_are_one_line(tmp_path: Path) -> None:
         (folder / "model.safetensors.index.json").write_text(text)
         with pytest.raises(ModelError, match="index: cannot be read as weights"):
             read_weights(folder)
+    for first in map(chr, range(32, 127)):  # the unpickler takes it for an order
+        (tmp_path / "text.pt").write_text(f"{first}his is text\n")
+        with pytest.raises(ModelError, match=r"text\.pt: is no PyTorch file"):
+            read_weights(tmp_path / "text.pt")
     np.savez(tmp_path / "text.npz", name=np.array(["no number"]))
     with pytest.raises(ModelError, match=r"text\.npz: cannot be read as weights"):
         read_weights(tmp_path / "text.npz")
