@@ -12,6 +12,7 @@ sides keep it mapped, and know it by its name when its descriptor comes again.
 from __future__ import annotations
 
 import ctypes
+import errno
 import io
 import mmap
 import os
@@ -29,6 +30,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from framework.errors import DataError
+
 __all__ = ["Closed", "Lent", "Memory", "offer", "receive", "send", "shared_memory"]
 
 _HEAD = struct.Struct("<QII")  # bytes of the pickle, memories that tensors of the item lie in, and others
@@ -39,6 +42,12 @@ _NAME_BYTES = 12  # random, so that no two are ever taken for each other
 _POPULATE = 23  # madvise's MADV_POPULATE_WRITE, which Linux has since 5.14
 _CLOSE_ON_EXEC = getattr(socket, "MSG_CMSG_CLOEXEC", 0)  # programs that a rank starts inherit no descriptor
 _SHARED_FROM = 1 << 16  # larger tensors travel in shared memory, too: a socket would block its sender
+
+
+_MORE_DESCRIPTORS = (
+    "data workers pass on their pixels by file descriptors: raise the limit (`ulimit -n`), or lower "
+    "data.workers or data.prefetch"
+)
 
 
 class Closed(Exception):
@@ -58,15 +67,15 @@ class Memory:
         os.close(self.descriptor)
 
     def destroy(self) -> None:
-        """Give its pages back to the system, whoever has it mapped; nobody may look at it any more."""
+        """Give its pages back to the system, whoever has it mapped: a look at it is a SIGBUS from now on."""
         os.ftruncate(self.descriptor, 0)
         os.close(self.descriptor)
 
 
 _mappings: OrderedDict[bytes, torch.Tensor] = OrderedDict()
 """What this process, a worker, has mapped to fill it, by name; what was used last is last."""
-_taken: dict[int, Memory] = {}
-"""What this process has taken by `shared_memory` and not sent yet, by address."""
+_taken: dict[int, tuple[Memory, torch.Tensor]] = {}
+"""What this process has taken by `shared_memory` and not sent yet, by address; the tensor keeps it so."""
 _offered: list[Memory] = []
 """What this process may fill again."""
 
@@ -97,20 +106,33 @@ class Lent:
     def came(self, memories: Sequence[Memory]) -> list[torch.Tensor]:
         """An item has come in this memory: uint8 tensors of it, which are watched, and all their views."""
         self._last = [memory.size for memory in memories] or self._last
-        return [self._came(memory) for memory in memories]
+        tensors: list[torch.Tensor] = []
+        try:
+            for memory in memories:
+                tensors.append(self._came(memory))
+        finally:
+            for memory in memories[len(tensors) :]:
+                memory.close()
+        return tensors
 
     def _came(self, memory: Memory) -> torch.Tensor:
         block = self._blocks.get(memory.name)
-        if block is None:
-            block = self._blocks[memory.name] = _Block(memory, _mapped(memory))
-        else:
+        if block is not None:
             memory.close()
+        elif len(self._blocks) < _MAX_LENT:
+            block = self._blocks[memory.name] = _Block(memory, _mapped(memory))
+        else:  # somebody keeps all items: from now on copies of them
+            copy = _mapped(memory).clone()
+            memory.destroy()
+            return copy
         block.away = False
-        if len(self._blocks) > _MAX_LENT:  # somebody keeps all items: from now on copies of them
-            return block.mapped.clone()
         view = block.mapped.numpy()[:]
         block.view = weakref.ref(view)
         return torch.from_numpy(view)  # whose memory holds `view` as long as any tensor uses it
+
+    def __len__(self) -> int:
+        """How many there are, those that workers have included."""
+        return len(self._blocks)
 
     def lend(self) -> list[Memory]:
         """Memory for one more item like the last, of what nothing here uses any more."""
@@ -135,14 +157,20 @@ class Lent:
             memory.destroy()
 
     def close(self) -> None:
-        """Let go of all; tensors that use some of it keep it."""
+        """Let go of all, when no worker lives any more; tensors that use some of it keep it.
+
+        What nothing uses is destroyed: the workers of another pool, forked meanwhile, have it mapped as well.
+        """
         for block in self._blocks.values():
-            block.memory.close()
+            if block.away or block.free:
+                block.memory.destroy()
+            else:
+                block.memory.close()
         self._blocks.clear()
 
 
 def shared_memory(size: int) -> torch.Tensor:
-    """Uint8 (size,) to fill, which `send` passes on without a copy.
+    """Uint8 (size,) to fill, which `send` passes on without a copy; afterwards it is not to be looked at.
 
     Errors:
         OSError, RuntimeError: there is no room, or no descriptor.
@@ -162,29 +190,28 @@ def shared_memory(size: int) -> torch.Tensor:
         memory.close()
         raise
     if again:  # then it comes once more
-        _keep(memory, tensor)
-    _taken[tensor.data_ptr()] = memory
+        _mappings[memory.name] = tensor
+        _mappings.move_to_end(memory.name)
+    _taken[tensor.data_ptr()] = memory, tensor
     return tensor[:size]
 
 
-def offer(memories: Sequence[Memory]) -> None:
-    """Memory that `shared_memory` may give out, instead of what was offered before."""
+def offer(memories: Sequence[Memory], kept: int) -> None:
+    """Memory that `shared_memory` may give out, instead of what was offered before.
+
+    Of all that has come again `kept` stay mapped: as many as the rank has; others are no more.
+    """
     _let_go(_offered)
     _offered[:] = memories
+    while len(_mappings) > kept:
+        _mappings.popitem(last=False)
 
 
 def _let_go(memories: Iterable[Memory]) -> None:
-    """Of memory that will not come again."""
+    """Close memory that will not come again, and its mapping."""
     for memory in memories:
         _mappings.pop(memory.name, None)
         memory.close()
-
-
-def _keep(memory: Memory, tensor: torch.Tensor) -> None:
-    _mappings[memory.name] = tensor
-    _mappings.move_to_end(memory.name)
-    while len(_mappings) > _MAX_LENT:
-        _mappings.popitem(last=False)
 
 
 def _take_pages(tensor: torch.Tensor) -> None:
@@ -240,7 +267,7 @@ class _Pickler(pickle.Pickler):
             copy.copy_(obj)
             self._copies.append(copy)
             obj, storage = copy, copy.untyped_storage()
-        place = _place(self.filled, _taken[storage.data_ptr()])
+        place = _place(self.filled, _taken[storage.data_ptr()][0])
         return place, obj.dtype, obj.storage_offset(), tuple(obj.shape), obj.stride()
 
     def reducer_override(self, obj: Any) -> Any:
@@ -278,6 +305,7 @@ def send(connection: socket.socket, item: Any) -> None:
 
     Errors:
         Closed: the receiver is gone.
+        DataError: more descriptors are under way than the system allows.
         Exception: what pickling raises; nothing was sent then.
     """
     file = io.BytesIO()
@@ -291,9 +319,11 @@ def send(connection: socket.socket, item: Any) -> None:
             socket.send_fds(connection, [head], [memory.descriptor for memory in memories])
             connection.sendall(data)
         except OSError as error:
+            if error.errno == errno.ETOOMANYREFS:  # all processes of the user count, against this one's limit
+                raise DataError(f"{error.strerror}: {_MORE_DESCRIPTORS}") from error
             raise Closed(str(error)) from error
     finally:
-        _let_go(memory for memory in _taken.values() if memory not in pickler.filled)
+        _let_go(memory for memory, _ in _taken.values() if memory not in pickler.filled)
         for memory in pickler.filled:
             memory.close()
         _taken.clear()
@@ -304,12 +334,15 @@ def receive(connection: socket.socket, lent: Lent | None = None) -> Any:
 
     Errors:
         Closed: the sender is gone, or (where the socket has a timeout) stopped in the middle of a message.
+        DataError: this process has too few descriptors, or too little address space, for its memory.
     """
     descriptors: list[int] = []
     try:
         length, filled, others = _HEAD.unpack(_head(connection, descriptors))
         entries = _ENTRY.iter_unpack(_exactly(connection, (filled + others) * _ENTRY.size))
         data = _exactly(connection, length)
+        if len(descriptors) != filled + others:  # the system leaves out those that there is no room for
+            raise DataError(f"{os.strerror(errno.EMFILE)}: {_MORE_DESCRIPTORS}")
     except BaseException as error:
         for descriptor in descriptors:
             os.close(descriptor)
@@ -319,7 +352,10 @@ def receive(connection: socket.socket, lent: Lent | None = None) -> Any:
     memories = [
         Memory(size, name, descriptor) for (size, name), descriptor in zip(entries, descriptors, strict=True)
     ]
-    tensors = lent.came(memories[:filled]) if lent else _received(memories[:filled])
+    try:
+        tensors = _received(memories[:filled]) if lent is None else lent.came(memories[:filled])
+    except RuntimeError as error:  # torch's, where it cannot map a file
+        raise DataError(f"{str(error).splitlines()[0]}: {_MORE_DESCRIPTORS}") from error
     return _Unpickler(data, tensors, memories[filled:]).load()
 
 
@@ -350,7 +386,8 @@ def _exactly(connection: socket.socket, count: int) -> bytearray:
 
 def _received(memories: Sequence[Memory]) -> list[torch.Tensor]:
     """Tensors of memory that is theirs alone."""
-    tensors = [_mapped(memory) for memory in memories]
-    for memory in memories:
-        memory.close()
-    return tensors
+    try:
+        return [_mapped(memory) for memory in memories]
+    finally:
+        for memory in memories:
+            memory.close()

@@ -37,9 +37,9 @@ Make = Callable[[int], Any]
 
 
 class Nursery:
-    """Forks workers that answer ("make", (number, memories)) with make(number).
+    """Forks workers that answer ("make", (number, memories, kept)) with make(number).
 
-    They may fill the memories; the value of ("told", value) is handed to `told`.
+    They may fill the memories (see `messages.offer`); the value of ("told", value) is handed to `told`.
     """
 
     def __init__(self, make: Make, told: Callable[[Any], None] | None, board: progress.Board) -> None:
@@ -179,8 +179,8 @@ def _worker(
                 if told is not None:
                     told(value)
                 continue
-            number, memories = value
-            offer(memories)
+            number, memories, kept = value
+            offer(memories, kept)
             progress.rest()
             send(connection, (number, *_made(make, number), worker_memory()))
             progress.rest()

@@ -198,10 +198,10 @@ def test_memory_goes_back_to_the_workers_when_nothing_uses_it_and_never_before()
     assert not shared_memory_here()
 
 
-def shared_memory_here() -> set[int]:
-    """The shared memory that this process has descriptors of, by inode."""
+def shared_memory_here(process: int | str = "self") -> set[int]:
+    """The shared memory that a process has descriptors of, by inode."""
     found = set()
-    for entry in os.scandir("/proc/self/fd"):
+    for entry in os.scandir(f"/proc/{process}/fd"):
         with contextlib.suppress(FileNotFoundError):
             if os.readlink(entry.path).startswith("/memfd:tubeworks"):
                 found.add(os.stat(entry.path).st_ino)
@@ -261,6 +261,55 @@ def shared_pages(process: psutil.Process) -> int:
     """Bytes of shared memory that really lie in memory and that a process has mapped."""
     lines = Path(f"/proc/{process.pid}/smaps").read_text().split("/memfd:tubeworks")[1:]
     return sum(int(line.split("Rss:")[1].split()[0]) << 10 for line in lines)
+
+
+def test_workers_keep_only_mappings_of_memory_that_is_in_circulation() -> None:
+    items = in_order(lambda item: pixel_memory((1 << 16,)).fill_(item % 256), 1200, 2, 1)
+    held: list[torch.Tensor] = []
+    for item, pixels in enumerate(items):
+        held.append(pixels)
+        if item % 12 == 11:
+            held.clear()  # more comes back at once than is needed: it is destroyed, and made anew later
+        if item == 1100:
+            break
+    workers = [one for one in psutil.Process().children(recursive=True) if not one.children()]
+    assert len(workers) == 2
+    for worker in workers:
+        lines = Path(f"/proc/{worker.pid}/maps").read_text().splitlines()
+        assert sum("/memfd:tubeworks" in line for line in lines) <= 12 + 2 + 3
+    items.close()
+
+
+def test_memory_that_the_maker_drops_is_let_go_of() -> None:
+    def make(item: int) -> torch.Tensor:
+        for _ in range(5):
+            pixel_memory((1 << 20,)).fill_(99)  # dropped: its address is free for the next
+        return pixel_memory((1 << 20,)).fill_(item)
+
+    items = in_order(make, 30, 1, 1)
+    for item in range(29):
+        assert bool((next(items) == item).all())
+    worker = next(one for one in psutil.Process().children(recursive=True) if not one.children())
+    assert len(shared_memory_here(worker.pid)) <= 6
+    items.close()
+
+
+@pytest.mark.parametrize("room", [1, 3])
+def test_too_few_descriptors_are_an_error_with_advice(room: int) -> None:
+    """Without room the system leaves descriptors out; with a little, the memory cannot be mapped."""
+
+    def make(item: int) -> list[torch.Tensor]:
+        return [pixel_memory((1 << 12,)).fill_(item) for _ in range(3)]
+
+    items = in_order(make, 10, 1, 1)
+    before, used = resource.getrlimit(resource.RLIMIT_NOFILE), len(os.listdir("/proc/self/fd")) - 1
+    resource.setrlimit(resource.RLIMIT_NOFILE, (used + room, before[1]))
+    try:
+        with pytest.raises(DataError, match=r"raise the limit \(`ulimit -n`\)"):
+            list(items)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert not shared_memory_here()
 
 
 def test_a_rank_that_keeps_all_items_keeps_no_descriptor_of_each() -> None:
