@@ -310,7 +310,10 @@ def parse() -> argparse.Namespace:
         "`make other-loaders` makes one.",
     )
     parser.add_argument("--out", type=Path)
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.rounds < 2:
+        parser.error("--rounds must be at least 2, there is no spread of one")
+    return arguments
 
 
 def over_many(folder: Path, clips: int) -> dict[str, Any]:

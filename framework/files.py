@@ -70,12 +70,14 @@ disk = Disk()
 
 @contextmanager
 def _named(path: Path) -> Iterator[None]:
-    """Errors of writing by a descriptor name no file; whoever reads of them needs one."""
+    """Errors of the system inside are errors of `path`: by a descriptor they name no file, by a temporary
+    name one that nobody knows.
+    """
     try:
         yield
     except OSError as error:
-        if error.filename is None:
-            error.filename = str(path)
+        if error.errno is not None:
+            error.filename, error.filename2 = str(path), None
         raise
 
 
@@ -147,12 +149,15 @@ def replace_file(path: Path, write: Callable[[BinaryIO], Any], *, rivals: bool =
     own = f".{socket.gethostname()}-{os.getpid()}" if rivals else ""
     temporary = path.with_name(f"{path.name}{own}.tmp")
     try:
-        with io.BufferedWriter(_File(disk.create(temporary), path), _BLOCK) as file:
+        with _named(path):
+            descriptor = disk.create(temporary)
+        with io.BufferedWriter(_File(descriptor, path), _BLOCK) as file:
             write(file)
             file.flush()
             with _named(path):
                 disk.sync(file.fileno())
-        disk.rename(temporary, path)
+        with _named(path):
+            disk.rename(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -168,7 +173,8 @@ def sync_file(path: Path) -> None:
     """Make durable what was written to a file."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        disk.sync(descriptor)
+        with _named(path):
+            disk.sync(descriptor)
     finally:
         os.close(descriptor)
 
@@ -177,7 +183,8 @@ def sync_folder(folder: Path) -> None:
     """Make renames and new names inside a folder durable."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        disk.sync(descriptor)
+        with _named(folder):
+            disk.sync(descriptor)
     except OSError as error:
         # Some network file systems do not sync folders, and there is nothing else that we could do there.
         if error.errno not in (errno.EINVAL, errno.ENOTSUP):

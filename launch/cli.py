@@ -31,13 +31,16 @@ from launch.streams import outlive_reader
 __all__ = ["app", "main"]
 
 
+# what to do about errors of the system that no command has put into words of its own
 _ADVICE = {
     errno.EACCES: "check the path",
     errno.ENAMETOOLONG: "check the path",
     errno.ENOSPC: "make room there and start again; what was finished stays",
     errno.EDQUOT: "make room in the quota and start again; what was finished stays",
-    errno.EROFS: "the file system is read-only; choose another place",
+    errno.EIO: "the disk or its connection fails; look at the system's log",
+    errno.EROFS: "choose another place",
 }
+_OF_DISKS = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 
 
 class _Root(TyperGroup):
@@ -59,7 +62,7 @@ class _Root(TyperGroup):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(141)
         except OSError as error:
-            if error.filename is None and error.errno in (errno.ENOSPC, errno.EIO):  # output has no name
+            if error.filename is None and error.errno in _OF_DISKS:  # output has no name
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
                 typer.echo(
                     f"error: cannot write the output: {error.strerror}; make room on the disk that it "

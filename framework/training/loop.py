@@ -140,10 +140,12 @@ def attempt_run(
         raise
     finally:
         session.requests.close(session.done)
-        recorder.close(status)
-        if peers.world.is_main:
-            cause += f" by {signal.Signals(stopped_by).name}" if stopped_by else ""
-            close_own_attempt(run, attempt, cause, session.done)
+        try:
+            recorder.close(status)
+        finally:
+            if peers.world.is_main:
+                cause += f" by {signal.Signals(stopped_by).name}" if stopped_by else ""
+                close_own_attempt(run, attempt, cause, session.done)
     return stopped_by, goes_on
 
 

@@ -154,7 +154,7 @@ def explain_os_error(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise CheckpointError(_advice(path, error.errno, str(error))) from error
+        raise CheckpointError(_advice(path, error.errno, error.strerror or str(error))) from error
 
 
 def _advice(path: Path, number: int | None, text: str) -> str:
@@ -162,8 +162,8 @@ def _advice(path: Path, number: int | None, text: str) -> str:
         free = _free_bytes(path.parent)
         left = f"{free / 2**20:.0f} MiB are free there" if free is not None else "its free space is unknown"
         return (
-            f"no space left while writing {path}: {left}. Free space or move the run folder, then start the "
-            "same command again: it goes on from the last committed checkpoint"
+            f"no space left while writing {path}: {left}. Free space or choose another place, then start the "
+            "same command again; a training goes on from its last committed checkpoint"
         )
     if number in (errno.EACCES, errno.EPERM, errno.EROFS):
         return (

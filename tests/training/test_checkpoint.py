@@ -266,7 +266,7 @@ def test_no_space_left(recipe_file: Path, small_disk: Path, trained: Path) -> No
     message = job.said().splitlines()[-1]
     assert message.startswith("error: the checkpoint of step 6 was not written, earlier ones are untouched.")
     assert "no space left while writing" in message
-    assert "Free space or move the run folder, then start the same command again" in message
+    assert "Free space or choose another place, then start the same command again" in message
     assert checkpoint_folders(run) == [folder_of(run, 3)]
     assert verify(folder_of(run, 3)) == []
     assert shutil.disk_usage(small_disk).free > 2**16, "what was half written is gone"
