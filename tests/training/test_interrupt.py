@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from rank_processes import CPU, Job, command_line, steps_in_journal, wait_until
+from rank_processes import CPU, Job, command_line, steps_in_journal, wait_for_checkpoint, wait_until
 
 from framework.recipe import load_recipe
 from framework.training import loop
@@ -157,6 +157,7 @@ def test_whoever_insists_leaves_no_post_mortem(recipe_file: Path, tmp_path: Path
     job = Job(1, tmp_path, train_until_stuck, str(marker), str(recipe_file), "--run", str(run))
     wait_until(job, marker.exists, "the step that never ends", 120)
     assert steps_in_journal(run) == 4
+    wait_for_checkpoint(job, run, 3)  # which is still being written: who insists does not wait for it
     insist(job)
     assert not (run / "postmortem").exists()
     (attempt,) = json.loads((run / "run.json").read_text())["attempts"]
