@@ -40,7 +40,6 @@ _ADVICE = {
     errno.EIO: "the disk or its connection fails; look at the system's log",
     errno.EROFS: "choose another place",
 }
-_OF_DISKS = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 
 
 class _Root(TyperGroup):
@@ -62,18 +61,13 @@ class _Root(TyperGroup):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(141)
         except OSError as error:
-            if error.filename is None and error.errno in _OF_DISKS:  # output has no name
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-                typer.echo(
-                    f"error: cannot write the output: {error.strerror}; make room on the disk that it "
-                    "goes to (of a training: that of the run folder) and start again; a run goes on from its "
-                    "last checkpoint",
-                    err=True,
-                )
-            elif error.filename is not None and error.errno in _ADVICE:
-                typer.echo(f"error: {error.filename}: {error.strerror}; {_ADVICE[error.errno]}", err=True)
-            else:
+            if error.errno not in _ADVICE:
                 raise
+            what = error.filename
+            if what is None:  # files are named, what is printed has no name
+                what = "cannot write the output"
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            typer.echo(f"error: {what}: {error.strerror}; {_ADVICE[error.errno]}", err=True)
             sys.exit(1)
         return result
 

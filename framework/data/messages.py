@@ -43,7 +43,6 @@ _POPULATE = 23  # madvise's MADV_POPULATE_WRITE, which Linux has since 5.14
 _CLOSE_ON_EXEC = getattr(socket, "MSG_CMSG_CLOEXEC", 0)  # programs that a rank starts inherit no descriptor
 _SHARED_FROM = 1 << 16  # larger tensors travel in shared memory, too: a socket would block its sender
 
-
 _MORE_DESCRIPTORS = (
     "data workers pass on their pixels by file descriptors: raise the limit (`ulimit -n`), or lower "
     "data.workers or data.prefetch"

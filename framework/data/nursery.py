@@ -11,6 +11,7 @@ import ctypes
 import gc
 import multiprocessing
 import os
+import resource
 import signal
 import socket
 import struct
@@ -32,6 +33,7 @@ _SET_DEATH_SIGNAL = 1  # prctl's PR_SET_PDEATHSIG
 _COMMAND = struct.Struct("<cq")
 _ANSWER = struct.Struct("<qq")
 _REAP_SECONDS = 10.0
+_DESCRIPTORS = 1 << 16
 
 Make = Callable[[int], Any]
 
@@ -43,6 +45,7 @@ class Nursery:
     """
 
     def __init__(self, make: Make, told: Callable[[Any], None] | None, board: progress.Board) -> None:
+        _allow_many_descriptors()  # to this process, and so to its forks
         self._control, theirs = socket.socketpair()
         context = multiprocessing.get_context("fork")
         self.process: BaseProcess = context.Process(
@@ -88,6 +91,16 @@ class Nursery:
             self.process.join(1.0)
         if self.process.exitcode is not None:
             self.process.close()
+
+
+def _allow_many_descriptors() -> None:
+    """Pixels come by descriptors, and where nobody raised the limit it is 1024, for what is under way even
+    of all processes of a user; a process may raise its own as far as the administrator allows.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, _DESCRIPTORS)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _nursery(

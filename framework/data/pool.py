@@ -11,7 +11,6 @@ import contextlib
 import logging
 import math
 import os
-import resource
 import selectors
 import signal
 import socket
@@ -37,7 +36,6 @@ Item = TypeVar("Item")
 _TICK = 0.25
 _BLAMED_AFTER = 2
 _GIVES_UP_AFTER = 4
-_DESCRIPTORS = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -190,7 +188,6 @@ class _Pooled(Items[Item]):
         self, make: Callable[[int], Item | Failure], count: int, workers: int, prefetch: int, care: Care
     ) -> None:
         super().__init__(make, count, care)
-        _allow_many_descriptors()
         self._prefetch = prefetch
         self._board = progress.Board(workers)
         self._nursery = Nursery(make, care.told, self._board)
@@ -355,16 +352,6 @@ class _Pooled(Items[Item]):
             advice = _READ_ADVICE if doing.stage == "read" else _ADVICE.get(code or 0, _OTHER_ADVICE)
             raise DataError(f"{what}, as {self._losses[task] - 1} before it over the same batch: {advice}")
         log.warning("%s: it is replaced, and what it was at is made again", what)
-
-
-def _allow_many_descriptors() -> None:
-    """Pixels come by descriptors, and where nobody raised the limit it is 1024, for what is under way even
-    of all processes of a user; a process may raise its own as far as the administrator allows.
-    """
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = _DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, _DESCRIPTORS)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 _READ_ADVICE = (

@@ -136,7 +136,7 @@ def test_output_that_cannot_be_written() -> None:
         done = subprocess.run([*TUBEWORKS, "recipe", "list"], stdout=full, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 1
     assert done.stderr.startswith(
-        "error: cannot write the output: No space left on device; make room on the disk"
+        "error: cannot write the output: No space left on device; make room there and start again"
     )
     assert "Traceback" not in done.stderr
 
