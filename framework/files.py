@@ -76,9 +76,9 @@ def _named(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno is not None:
-            error.filename, error.filename2 = str(path), None
-        raise
+        if error.errno is None:  # not of the system
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 class _File(io.FileIO):
