@@ -24,7 +24,7 @@ from typing import Any
 from framework.errors import Hang, TubeworksError
 from framework.watch.attempts import close_own_attempt
 from framework.watch.page import PHASES, Page
-from framework.watch.sentinel import COMPOSED, ENDED, FAILED, KILL, RUNNING, Watched, guard
+from framework.watch.sentinel import COMPOSED, ENDED, FAILED, HANGS, KILL, RUNNING, Watched, guard
 
 __all__ = ["STACK_SIGNAL", "Heart", "start_heart"]
 
@@ -94,7 +94,10 @@ class Heart:
             self._page.set("attempt", attempt)
 
     def failed(self, error: BaseException) -> None:
-        """The attempt ends with an error: leave its words, and let rank 0 wait for the post-mortem."""
+        """The attempt ends with an error: leave its words, and let rank 0 wait for the post-mortem.
+
+        In a job that hangs the rank leaves here, as all do: what fails is contact to those that left first.
+        """
         page = self._page
         if page is None or page.get("state") != RUNNING or page.get("attempt") < 0:
             return
@@ -105,8 +108,12 @@ class Heart:
         page.set("state", FAILED)
         os.eventfd_write(self._wake, 1)
         deadline = time.monotonic() + COMPOSE_SECONDS
-        while self._is_main and page.get("verdict") < COMPOSED and time.monotonic() < deadline:
+        while page.get("verdict") < COMPOSED and time.monotonic() < deadline:
+            if not self._is_main and page.get("verdict") != HANGS:
+                break
             time.sleep(0.02)
+        if page.get("verdict") in (HANGS, KILL):
+            os._exit(Hang.exit_code)
 
     def left(self, number: int) -> None:
         """The process leaves at once because of a signal: no crash, so there is no post-mortem."""

@@ -26,12 +26,12 @@ from typing import Any
 from framework.watch.control import serve_stacks
 from framework.watch.page import PHASES, Page
 
-__all__ = ["COMPOSED", "ENDED", "FAILED", "KILL", "RUNNING", "SLOW", "Watched", "guard", "stacks_of"]
+__all__ = ["COMPOSED", "ENDED", "FAILED", "HANGS", "KILL", "RUNNING", "SLOW", "Watched", "guard", "stacks_of"]
 
 RUNNING, ENDED, FAILED = 0, 1, 2
 """States of a rank."""
-COMPOSED, KILL = 1, 2
-"""Verdicts: the post-mortem is written; leave at once, the job hangs."""
+HANGS, COMPOSED, KILL = 1, 2, 3
+"""Verdicts: the job hangs and is being written down; the post-mortem is written; leave, the job hangs."""
 
 SLOW = 3.0
 """So many times as long may the first step take, and phases that are slow by nature."""
@@ -83,7 +83,7 @@ def guard(page: Page, watched: Watched, samples_of: SamplesOf) -> int:
         if rank in ready or state == FAILED:
             if page.get("attempt") >= 0 or watched.run.is_dir():
                 _write_down(page, watched, samples_of, "failed" if state == FAILED else "died")
-            page.set("verdict", max(page.get("verdict"), COMPOSED))
+            page.set("verdict", KILL if patience.is_job_hung() else COMPOSED)
             return 0
         if patience.is_over():
             _end_hung(page, watched, samples_of, rank)
@@ -116,7 +116,11 @@ class _Patience:
         slow = slow or PHASES[self._page.get("phase")] in SLOW_PHASES
         if self._idle > seconds * (SLOW if slow else 1.0):
             return True
-        return self._idle > seconds / 2 and _alarm(self._watched, self._page) not in (None, self._stale)
+        return self._idle > seconds / 2 and self.is_job_hung()
+
+    def is_job_hung(self) -> bool:
+        """Whether a sentinel of this attempt has raised the alarm."""
+        return _alarm(self._watched, self._page) not in (None, self._stale)
 
 
 def _stand_aside(watched: Watched) -> None:
@@ -135,6 +139,7 @@ def _stand_aside(watched: Watched) -> None:
 
 def _end_hung(page: Page, watched: Watched, samples_of: SamplesOf, rank: int) -> None:
     """Raise the alarm, write everything down, and end the rank."""
+    page.set("verdict", HANGS)
     with contextlib.suppress(OSError):
         folder = folder_of(watched.run, _attempt(watched, page))
         folder.mkdir(parents=True, exist_ok=True)

@@ -62,13 +62,15 @@ def test_an_evaluated_run_that_ends_well_leaves_no_postmortem(trained: Path) -> 
     assert (attempt["cause"], attempt["end_step"], attempt["checkpoint"]) == ("finished", 6, 6)
 
 
-HANGING = """
+def hanging(rank: int, how: str, go: Path) -> str:
+    """Code that lets the data of a rank hang as soon as there is a file `go`."""
+    return f"""
 import ctypes, os, time
 from pathlib import Path
 from framework.data import samples
 reading = samples.SampleReader.training_views
 def hanging(self, info, seeds, out=None):
-    if os.environ["RANK"] == "1" and Path(os.environ["GO"]).exists():
+    if os.environ["RANK"] == "{rank}" and Path({str(go)!r}).exists():
         {how}
     return reading(self, info, seeds, out)
 samples.SampleReader.training_views = hanging
@@ -83,6 +85,21 @@ def train_with(code: str, *arguments: str) -> None:
     command_line(*arguments)
 
 
+@pytest.mark.parametrize("last", [0, 1])
+def test_all_ranks_of_a_job_that_hangs_say_so(recipe_file: Path, tmp_path: Path, last: int) -> None:
+    """Whoever leaves last has lost contact to the others by then, which is not what has happened."""
+    run, go = tmp_path / "run", tmp_path / "go"
+    late = f'import os\nfrom framework.watch import heart\nif os.environ["RANK"] == "{last}":\n'
+    late += "    heart.PULSE_SECONDS = 600\n"
+    code = late + hanging(1 - last, "time.sleep(600)", go)
+    arguments = ["train", str(recipe_file), *LONG, "data.workers=1", "--run", str(run)]
+    job = Job(2, tmp_path / "logs", train_with, code, *arguments)
+    wait_for_step(job, run, 3)
+    go.touch()
+    assert job.wait(SECONDS + 10) == [7, 7], [job.said(one)[-2000:] for one in (0, 1)]
+    assert report(run)["what"] == "hang"
+
+
 @pytest.mark.parametrize(
     ("how", "workers"),
     [
@@ -95,9 +112,8 @@ def test_a_sample_that_never_comes_is_named(
     recipe_file: Path, tmp_path: Path, how: str, workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, go = tmp_path / "run", tmp_path / "go"
-    code = f'import os\nos.environ["GO"] = {str(go)!r}' + HANGING.format(how=how)
     arguments = ["train", str(recipe_file), *LONG, f"data.workers={workers}", "--run", str(run)]
-    job = Job(2, tmp_path / "logs", train_with, code, *arguments)
+    job = Job(2, tmp_path / "logs", train_with, hanging(1, how, go), *arguments)
     wait_for_step(job, run, 3)
     go.touch()
     codes = job.wait(SECONDS + 10)
