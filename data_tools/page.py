@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,12 @@ from framework.data.video import Undecodable, VideoRequest, decode_video
 from framework.errors import CorruptSample
 from framework.files import replace_text
 
-__all__ = ["data_address", "grid_of", "strip_of", "write_page"]
+__all__ = ["figure_of", "grid_of", "strip_of", "write_html", "write_page"]
 
 _SIDE = 112  # pixels of a picture
-_SHEET = 1320  # pixels that a sheet of pictures is wide at most, where one strip is not wider
+_WIDE = 1320  # pixels that a sheet of pictures is wide at most, where one strip is not wider
+_TITLE = 240  # pixels that the title of a smaller picture may have
+_CAPTION, _GAP = 16, 8  # pixels above a picture, and beside it
 _FRAMES = 4  # of a video, side by side
 _SHEET = 48  # samples on a contact sheet
 _CLASSES = 40  # bars of the classes
@@ -48,20 +51,33 @@ def write_page(folder: str, target: Path) -> None:
     """
     manifest = Manifest.open(folder)
     summary = inspect_shards(folder)
-    parts = [f"<h1>{html.escape(str(manifest.folder))}</h1>"]
-    parts.append(f"<pre>{html.escape(inspection_text(summary))}</pre>")
+    parts = [f"<pre>{html.escape(inspection_text(summary))}</pre>"]
     for number, described in enumerate(summary["datasets"]):
         chosen = numpy.flatnonzero(manifest.column("dataset") == number)
         parts.append(f"<h2>{html.escape(described['name'])}</h2>")
         parts.append(f'<div class="charts">{"".join(_charts(manifest, described, chosen))}</div>')
         parts.append(f'<h3>Samples</h3><div class="sheet">{"".join(_sheet(manifest, chosen))}</div>')
-    text = (
+    write_html(target, str(manifest.folder), "".join(parts))
+
+
+def write_html(target: Path, title: str, body: str) -> None:
+    """Write a page that needs no other file; `body` is HTML, under a heading that is the title."""
+    title = html.escape(title)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    replace_text(
+        target,
         '<!doctype html><html lang="en"><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width">'
-        f"<title>{html.escape(str(manifest.folder))}</title><style>{_STYLE}</style>{''.join(parts)}</html>"
+        f"<title>{title}</title><style>{_STYLE}</style><h1>{title}</h1>{body}</html>",
     )
-    target.parent.mkdir(parents=True, exist_ok=True)
-    replace_text(target, text)
+
+
+def figure_of(title: str, strip: Image.Image) -> str:
+    """A picture with its title below, for a `<div class="sheet">`."""
+    title = html.escape(title)
+    size = f'width="{strip.width}" height="{strip.height}"'
+    image = f'<img {size} alt="{title}" src="{_data_address(strip)}">'
+    return f"<figure>{image}<figcaption>{title}</figcaption></figure>"
 
 
 def _charts(manifest: Manifest, described: Mapping[str, Any], chosen: numpy.ndarray) -> Iterator[str]:
@@ -138,17 +154,12 @@ def _sheet(manifest: Manifest, chosen: numpy.ndarray) -> Iterator[str]:
         sample = manifest.sample(place)
         names = manifest.dataset(sample.dataset).classes
         label = names[sample.label] if 0 <= sample.label < len(names) else ""
-        title = html.escape(f"{sample.key} {label}")
+        title = f"{sample.key} {label}"
         try:
-            strip = picture_of(reader, sample)
+            yield figure_of(title, picture_of(reader, sample))
         except (CorruptSample, Undecodable) as error:
-            problem = html.escape(str(error))
-            yield f'<figure><p class="bad">{problem}</p><figcaption>{title}</figcaption></figure>'
-            continue
-        image = (
-            f'<img width="{strip.width}" height="{strip.height}" alt="{title}" src="{data_address(strip)}">'
-        )
-        yield f"<figure>{image}<figcaption>{title}</figcaption></figure>"
+            problem = f'<p class="bad">{html.escape(str(error))}</p>'
+            yield f"<figure>{problem}<figcaption>{html.escape(title)}</figcaption></figure>"
 
 
 def picture_of(reader: ShardReader, sample: SampleInfo) -> Image.Image:
@@ -173,20 +184,35 @@ def strip_of(frames: numpy.ndarray, side: int = _SIDE) -> Image.Image:
 
 
 def grid_of(strips: Sequence[tuple[str, Image.Image]]) -> Image.Image:
-    """Strips under their titles, as many side by side as fit into `_SHEET` pixels."""
-    width = max([strip.width for _, strip in strips] + [320]) + 8
-    height = max([strip.height for _, strip in strips] + [0]) + 16
-    columns = max(1, min(len(strips), _SHEET // width))
-    sheet = Image.new("RGB", (columns * width, -(-len(strips) // columns) * height), "white")
+    """Strips under their titles, in lines like the words of a text: as many side by side as fit."""
+    draw = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    placed, left, top, bottom = [], 0, 0, 0
+    for title, strip in strips:
+        width = max(strip.width, min(math.ceil(draw.textlength(title)) + 2, _TITLE))
+        if left and left + width > _WIDE:
+            left, top = 0, bottom
+        placed.append((left, top, _fitting(title, draw, width - 2), strip))
+        left += width + _GAP
+        bottom = max(bottom, top + _CAPTION + strip.height)
+    right = max((left + strip.width for left, _, _, strip in placed), default=0)
+    sheet = Image.new("RGB", (max(right, min(_WIDE, right + _TITLE)), max(1, bottom)), "white")
     draw = ImageDraw.Draw(sheet)
-    for number, (title, strip) in enumerate(strips):
-        left, top = number % columns * width, number // columns * height
+    for left, top, title, strip in placed:
         draw.text((left + 2, top + 2), title, fill="black")
-        sheet.paste(strip, (left, top + 16))
+        sheet.paste(strip, (left, top + _CAPTION))
     return sheet
 
 
-def data_address(image: Image.Image) -> str:
+def _fitting(title: str, draw: ImageDraw.ImageDraw, width: int) -> str:
+    """The title, or so much of its end, where its class is, as is not wider than `width` pixels."""
+    if draw.textlength(title) <= width:
+        return title
+    return next(
+        short for cut in range(1, len(title) + 1) if draw.textlength(short := f"...{title[cut:]}") <= width
+    )
+
+
+def _data_address(image: Image.Image) -> str:
     """The picture itself as the address of an <img>."""
     file = io.BytesIO()
     image.save(file, "JPEG", quality=80)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import html
 from pathlib import Path
 
 import numpy
 
-from data_tools.page import data_address, grid_of, strip_of
+from data_tools.page import figure_of, grid_of, strip_of, write_html
 from framework.data.labels import chosen_classes, label_text
+from framework.data.listing import check_place
 from framework.data.loader import training_batches
 from framework.data.sources import build_plan, open_sources
 from framework.errors import RecipeError
-from framework.files import replace_text
 from framework.recipe.schema import Recipe
 from framework.world import World
 
@@ -29,12 +28,11 @@ def write_step(recipe: Recipe, step: int, target: Path, *, world: int, rank: int
 
     Errors:
         DataError: the shards cannot be opened or do not fit the recipe.
-        RecipeError: no such rank, ranks that do not divide the mixture, or a file of another kind.
+        RecipeError: no such step or rank, ranks that do not divide the mixture, or a file of another kind.
     """
     if target.suffix not in (".png", ".html"):
         raise RecipeError(f"{target}: the pictures of a step are a .png or an .html file")
-    if not 0 <= rank < world:
-        raise RecipeError(f"rank {rank} is not in 0 … {world - 1}: ranks count from 0 to world - 1")
+    check_place(recipe, step, world, rank)
     data = recipe.data.model_copy(update={"workers": 0})
     recipe = recipe.model_copy(update={"data": data})
     sources = open_sources(recipe)
@@ -53,19 +51,11 @@ def write_step(recipe: Recipe, step: int, target: Path, *, world: int, rank: int
                     strips.append((f"{key}: {words}", strip_of(frames[places.astype(int)])))
     finally:
         batches.close()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if target.suffix == ".png":
+    if target.suffix == ".html":
+        title = f"{recipe.name}, step {step}, rank {rank} of {world}, plan {plan.hash}"
+        figures = "".join(figure_of(name, strip) for name, strip in strips)
+        write_html(target, title, f'<div class="sheet">{figures}</div>')
+    else:
+        target.parent.mkdir(parents=True, exist_ok=True)
         grid_of(strips).save(target)
-        return len(strips)
-    title = f"{recipe.name}, step {step}, rank {rank} of {world}, plan {plan.hash}"
-    figures = "".join(
-        f'<figure><img alt="{html.escape(name)}" src="{data_address(strip)}">'
-        f"<figcaption>{html.escape(name)}</figcaption></figure>"
-        for name, strip in strips
-    )
-    replace_text(
-        target,
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
-        f"<h1>{html.escape(title)}</h1>{figures}</html>",
-    )
     return len(strips)

@@ -8,7 +8,7 @@ from framework.data.sources import build_plan, open_sources
 from framework.errors import RecipeError
 from framework.recipe.schema import Recipe
 
-__all__ = ["listing"]
+__all__ = ["check_place", "listing"]
 
 
 def listing(recipe: Recipe, step: int, world: int, rank: int) -> dict[str, Any]:
@@ -21,10 +21,7 @@ def listing(recipe: Recipe, step: int, world: int, rank: int) -> dict[str, Any]:
         DataError: the shards cannot be opened or do not fit the recipe.
         RecipeError: no such step or rank, or a mixture that `world` ranks do not divide.
     """
-    if not 0 <= rank < world:
-        raise RecipeError(f"rank {rank} is not in 0 … {world - 1}: ranks count from 0 to world - 1")
-    if step < 0:
-        raise RecipeError(f"step {step}: steps count from 0")
+    check_place(recipe, step, world, rank)
     sources = open_sources(recipe, "train")
     plan = build_plan(recipe, sources)
     plan.check(world, recipe.train.accumulation)
@@ -51,3 +48,17 @@ def listing(recipe: Recipe, step: int, world: int, rank: int) -> dict[str, Any]:
         "repeats": recipe.data.repeats,
         "micro_batches": micro_batches,
     }
+
+
+def check_place(recipe: Recipe, step: int, world: int, rank: int) -> None:
+    """That a training of this recipe on `world` ranks has this step and this rank.
+
+    Errors:
+        RecipeError: it has not.
+    """
+    if not 0 <= rank < world:
+        raise RecipeError(f"rank {rank} is not in 0 … {world - 1}: ranks count from 0 to world - 1")
+    if not 0 <= step < recipe.train.steps:
+        raise RecipeError(
+            f"step {step} is not in 0 … {recipe.train.steps - 1}: steps count from 0 to train.steps - 1"
+        )

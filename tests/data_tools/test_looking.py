@@ -104,6 +104,31 @@ def test_the_pictures_of_a_step_are_those_of_training(
     assert part.json["samples"] == 3
 
 
+def test_a_step_that_is_never_trained_has_no_pictures(
+    recipe: Path, tmp_path: Path, tubeworks: Command
+) -> None:
+    output = tubeworks("inspect", recipe, "--step", 30, "--out", tmp_path / "step.png")
+    assert (output.code, "step 30 is not in 0 … 29" in output.stderr) == (2, True)
+    assert not (tmp_path / "step.png").exists()
+
+
+def test_small_pictures_stand_side_by_side() -> None:
+    from data_tools.page import grid_of
+
+    colours = [(place, 255 - place, 7) for place in range(40)]
+    strips = [
+        (f"sample {place}: a class", Image.new("RGB", (112, 112), c)) for place, c in enumerate(colours)
+    ]
+    strips.insert(
+        20, ("a video with a name " + "that is long " * 60, Image.new("RGB", (900, 112), (1, 2, 3)))
+    )
+    sheet = numpy.asarray(grid_of(strips))
+    assert sheet.shape[1] <= 1320
+    assert sheet.shape[0] <= 6 * 128
+    for colour in [*colours, (1, 2, 3)]:  # whole and uncovered
+        assert (sheet == colour).all(axis=2).sum() == (900 if colour == (1, 2, 3) else 112) * 112
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
