@@ -13,6 +13,7 @@ from framework.data.sources import OpenSource, build_plan, open_sources
 from framework.errors import TubeworksError
 from framework.recipe import load_recipe
 from framework.training.checkpoint_manifest import checkpoint_folders
+from framework.wording import counted
 
 __all__ = ["audit_run", "audit_text"]
 
@@ -60,10 +61,9 @@ def _key_of(opened: OpenSource) -> Callable[[int], str]:
 
 def audit_text(content: dict[str, Any]) -> str:
     """The audit in words."""
-    attempts = content["attempts"]
     lines = [
-        f"{content['steps']} steps in {attempts} attempt{'s' if attempts != 1 else ''}, "
-        f"{content['replayed_steps']} steps thrown away and fed again"
+        f"{counted(content['steps'], 'step')} in {counted(content['attempts'], 'attempt')}, "
+        f"{counted(content['replayed_steps'], 'step')} thrown away and fed again"
     ]
     for name, source in content["sources"].items():
         lines += _source_lines(name, source)
@@ -80,7 +80,8 @@ def _source_lines(name: str, source: dict[str, Any]) -> list[str]:
     fed = sum(epoch["fed"] for epoch in epochs)
     replaced = [sample for epoch in epochs for sample in epoch["replaced"]]
     lines = [
-        f"{name}: {source['samples']} samples, {whole} whole epochs, {fed} fed, {len(replaced)} replaced"
+        f"{name}: {counted(source['samples'], 'sample')}, {counted(whole, 'whole epoch')}, "
+        f"{fed} fed, {len(replaced)} replaced"
     ]
     if epochs and not epochs[-1]["complete"]:
         lines.append(f"  epoch {epochs[-1]['epoch']}: {epochs[-1]['places']} of {source['samples']} so far")

@@ -15,6 +15,7 @@ import typer
 
 from data_tools import cli_check, cli_run, cli_shard
 from data_tools.cli_options import AsJson, Seed, Workers, grouped, print_json, refuse_given
+from framework.wording import counted
 
 __all__ = ["app"]
 
@@ -58,7 +59,7 @@ def synth(
 ) -> None:
     """Make moving digits: videos labelled with the direction of motion, images labelled with the digit."""
     from data_tools.pool import available_cores
-    from data_tools.report import counted
+    from data_tools.report import in_shards
     from data_tools.synth import SynthOptions, synthesize
 
     options = SynthOptions(
@@ -69,7 +70,7 @@ def synth(
         print_json({split: json.loads(report.to_json()) for split, report in reports.items()})
     else:
         for split, report in reports.items():
-            typer.echo(f"{out / split}: {counted(report.written, report.shards)}")
+            typer.echo(f"{out / split}: {in_shards(report.written, report.shards)}")
 
 
 @app.command("inspect")
@@ -138,7 +139,7 @@ def _show_step(
     if as_json:
         print_json({"file": str(target), "step": step, "world": world, "rank": rank, "samples": count})
     else:
-        typer.echo(f"{target}: {count} samples of step {step}, rank {rank} of {world}")
+        typer.echo(f"{target}: {counted(count, 'sample')} of step {step}, rank {rank} of {world}")
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import typer
 from data_tools.cli_options import AsJson, Folder, Workers, print_json
 from data_tools.cli_output import Classes, Name, Split, kind_of, print_report
 from framework.errors import DataError
+from framework.wording import counted
 
 __all__ = ["bench", "export_ffcv", "index", "verify"]
 
@@ -129,4 +130,6 @@ def export_ffcv(
     if as_json:
         print_json(result)
     else:
-        typer.echo(f"{result['out']}: {result['samples']} images, {result['bytes'] / 1e6:.1f} MB ({mode})")
+        typer.echo(
+            f"{result['out']}: {counted(result['samples'], 'image')}, {result['bytes'] / 1e6:.1f} MB ({mode})"
+        )

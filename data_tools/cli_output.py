@@ -11,6 +11,7 @@ import typer
 
 from data_tools.cli_options import AsJson, Seed, Workers, print_json
 from framework.errors import DataError
+from framework.wording import counted
 
 if TYPE_CHECKING:
     from data_tools.items import Collection
@@ -99,7 +100,9 @@ def make(collections: Sequence[Collection], output: Output) -> None:
     if output.as_json:
         print_json({"out": str(output.out), "shards": shards})
     else:
-        typer.echo(f"{shards} shards planned: make them with `tubeworks data shard run {output.out}`")
+        typer.echo(
+            f"{counted(shards, 'shard')} planned: make them with `tubeworks data shard run {output.out}`"
+        )
 
 
 def print_report(report: ShardReport, as_json: bool) -> None:

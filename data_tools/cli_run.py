@@ -11,6 +11,7 @@ import typer
 
 from data_tools.cli_options import AsJson, print_json
 from framework.errors import DataError
+from framework.wording import counted
 
 if TYPE_CHECKING:
     from framework.data.quarantine import Quarantined
@@ -48,8 +49,7 @@ def quarantine_list(run: Run, as_json: AsJson = False) -> None:
     for entry in held:
         place = f"shard {entry.shard}, offset {entry.offset}"
         typer.echo(f"{entry.source}  {entry.key}  from step {entry.from_step}  {place}  {entry.reason}")
-    samples = "1 sample" if len(held) == 1 else f"{len(held) or 'no'} samples"
-    typer.echo(f"{samples} in quarantine")
+    typer.echo(f"{counted(len(held), 'sample', 'no')} in quarantine")
 
 
 @quarantine_app.command("add")

@@ -22,6 +22,7 @@ from data_tools.cli_output import (
     make,
     print_report,
 )
+from framework.wording import counted
 
 __all__ = ["app"]
 
@@ -268,7 +269,7 @@ def run(
     if as_json:
         print_json({"task": task, "of": of, "shards": count, "made": made})
     else:
-        typer.echo(f"share {task} of {of}: {count} shards, {made} made now")
+        typer.echo(f"share {task} of {of}: {counted(count, 'shard')}, {made} made now")
 
 
 @app.command()

@@ -18,6 +18,7 @@ from data_tools.items import clean_stem
 from framework.data.datasets import DatasetInfo
 from framework.data.manifest import Manifest
 from framework.errors import DataError
+from framework.wording import counted
 
 __all__ = ["Coverage", "class_problems", "coverage_of", "official_list"]
 
@@ -47,7 +48,7 @@ class Coverage:
     def to_text(self) -> str:
         """One line for people, and the first names that are missing."""
         line = f"official list: {self.percent:.2f} % there ({self.present} of {self.listed})"
-        line += f", {self.unlisted} samples that it does not name" if self.unlisted else ""
+        line += f", {counted(self.unlisted, 'sample')} that it does not name" if self.unlisted else ""
         if self.missing:
             more = " …" if len(self.missing) > 10 else ""
             line += f"\n  missing: {', '.join(self.missing[:10])}{more}"
@@ -135,8 +136,8 @@ def class_problems(dataset: DatasetInfo, path: Path) -> list[str]:
     if official in lists.values():
         return []
     absent, extra = sorted(set(official) - set(here)), sorted(set(here) - set(official))
-    what = [f"{len(absent)} classes of it are not there ({', '.join(absent[:5])})"] if absent else []
-    what += [f"{len(extra)} classes are not in it ({', '.join(extra[:5])})"] if extra else []
+    what = [f"{counted(len(absent), 'class')} of it not there ({', '.join(absent[:5])})"] if absent else []
+    what += [f"{counted(len(extra), 'class')} not in it ({', '.join(extra[:5])})"] if extra else []
     if not what:
         place = next(n for n, pair in enumerate(zip(official, here, strict=True)) if pair[0] != pair[1])
         what = [f"the order differs: label {place} is {here[place]!r}, there it is {official[place]!r}"]

@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy
 
-from data_tools.report import counted, human_bytes
+from data_tools.report import human_bytes, in_shards
 from framework.data.datasets import DatasetInfo, rows_of
 from framework.data.manifest import Manifest
+from framework.wording import plural
 
 __all__ = ["inspect_shards", "inspection_text"]
 
@@ -86,7 +87,7 @@ def _range(values: numpy.ndarray) -> dict[str, float]:
 def inspection_text(summary: dict[str, Any]) -> str:
     """The summary as a table for people."""
     lines = [
-        f"{summary['folder']}: {counted(summary['samples'], summary['shards'])},"
+        f"{summary['folder']}: {in_shards(summary['samples'], summary['shards'])},"
         f" {human_bytes(summary['bytes'])}, manifest {summary['hash']}"
     ]
     for dataset in summary["datasets"]:
@@ -119,7 +120,7 @@ def _classes_text(classes: Mapping[str, int]) -> str:
     empty = [name for name, count in classes.items() if not count]
     without = f"; none of {', '.join(empty[:5])}{' …' if len(empty) > 5 else ''}" if empty else ""
     each = _spread(_range(numpy.array([float(count) for count in classes.values()])), "{:g}".format)
-    return f"{len(classes)} with {each} samples each{without}"
+    return f"{len(classes)} with {each} {plural('sample', max(classes.values()))} each{without}"
 
 
 def _spread(values: Mapping[str, float], form: Callable[[float], str]) -> str:

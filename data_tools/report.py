@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data_tools.items import Failure
+from framework.wording import counted
 
 if TYPE_CHECKING:
     from data_tools.shard_plan import ShardPlan
     from data_tools.shard_writer import ShardRecord
 
-__all__ = ["REPORT_NAME", "ShardReport", "counted", "human_bytes", "report_of"]
+__all__ = ["REPORT_NAME", "ShardReport", "human_bytes", "in_shards", "report_of"]
 
 REPORT_NAME = "report.json"
 _SHOWN = 100
@@ -61,7 +62,7 @@ class ShardReport:
     def to_text(self) -> str:
         """The report for people."""
         lines = [
-            f"{counted(self.written, self.shards)}, {human_bytes(self.bytes)}: {self.out}"
+            f"{in_shards(self.written, self.shards)}, {human_bytes(self.bytes)}: {self.out}"
             if self.written
             else "nothing was written: no file could be used"
         ]
@@ -98,9 +99,9 @@ def _printable(line: str) -> str:
     return re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda found: repr(found[0])[1:-1], line)
 
 
-def counted(samples: int, shards: int) -> str:
+def in_shards(samples: int, shards: int) -> str:
     """`1 sample in 1 shard`, `5 samples in 2 shards`."""
-    return f"{samples} sample{'s' * (samples != 1)} in {shards} shard{'s' * (shards != 1)}"
+    return f"{counted(samples, 'sample')} in {counted(shards, 'shard')}"
 
 
 def human_bytes(count: float) -> str:

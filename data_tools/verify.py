@@ -18,11 +18,12 @@ from data_tools.coverage import Coverage, class_problems, coverage_of, official_
 from data_tools.pool import Advance, progress_bar, run_tasks
 from data_tools.probe import probe
 from data_tools.readers import Unusable
-from data_tools.report import counted, human_bytes
+from data_tools.report import human_bytes, in_shards
 from framework.data.datasets import targets_problem
 from framework.data.manifest import MANIFEST_NAME, SAMPLES_NAME, Manifest, SampleInfo
 from framework.errors import DataError
 from framework.files import hash_file
+from framework.wording import counted
 
 __all__ = ["Official", "Problem", "VerifyReport", "verify"]
 
@@ -73,8 +74,8 @@ class VerifyReport:
         if not self.shards:
             return "\n".join(str(problem) for problem in self.problems)
         how = "checksums and all frames" if self.decoded else "checksums"
-        size = f"{counted(self.samples, self.shards)}, {human_bytes(self.bytes)}"
-        head = f"{self.folder}: {size}: {how} verified, {len(self.problems) or 'no'} problems"
+        size = f"{in_shards(self.samples, self.shards)}, {human_bytes(self.bytes)}"
+        head = f"{self.folder}: {size}: {how} verified, {counted(len(self.problems), 'problem', 'no')}"
         unproven = [] if self.manifest_checksum else [f"  {_NO_CHECKSUM}"]
         covered = [self.coverage.to_text()] if self.coverage is not None else []
         return "\n".join([head, *(f"  {problem}" for problem in self.problems), *unproven, *covered])

@@ -20,6 +20,7 @@ from framework.training.checkpoint_manifest import (
     read_manifest,
     verify,
 )
+from framework.wording import counted
 
 __all__ = [
     "consolidate_checkpoint",
@@ -44,7 +45,8 @@ def list_checkpoints(run: Path, as_json: bool) -> None:
         if "problem" in row:
             typer.echo(f"{row['name']}  {row['problem']}")
             continue
-        about = f"{row['ranks']} ranks, zero {row['zero']}, {row['precision']}, {', '.join(row['kinds'])}"
+        ranks = counted(row["ranks"], "rank")
+        about = f"{ranks}, zero {row['zero']}, {row['precision']}, {', '.join(row['kinds'])}"
         typer.echo(f"{row['name']}  {row['bytes'] / 1e6:10.1f} MB  {about}")
 
 
@@ -131,7 +133,7 @@ def prune_checkpoints(
     for name in gone:
         typer.echo(f"{'would remove' if dry_run else 'removed'} {name}")
     if not gone:
-        typer.echo(f"nothing to remove: {len(sorted_out)} checkpoints are kept")
+        typer.echo(f"nothing to remove: {counted(len(sorted_out), 'checkpoint')} kept")
 
 
 def consolidate_checkpoint(checkpoint: Path, to: Path, ema: bool, as_json: bool) -> None:

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Optional
 import typer
 
 from data_tools.cli_options import AsJson, grouped
+from framework.wording import counted
 from launch.wishes import Wishes
 
 __all__ = ["app"]
@@ -207,7 +208,9 @@ def shard(
     if as_json:
         typer.echo(json.dumps(found.as_dict()))
         return
-    typer.echo(f"{found.shards} shards in {len(found.jobs)} jobs: {' '.join(found.jobs)}")
+    typer.echo(
+        f"{counted(found.shards, 'shard')} in {counted(len(found.jobs), 'job')}: {' '.join(found.jobs)}"
+    )
     typer.echo(f"job {found.last_job} joins them to {found.out}; output: {found.logs}")
 
 
@@ -257,5 +260,6 @@ def _say_submitted(submission: Any, as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps(asdict(submission)))
         return
-    typer.echo(f"job {submission.job_id}: {submission.name} on {submission.ranks} ranks, in {submission.run}")
+    ranks = counted(submission.ranks, "rank")
+    typer.echo(f"job {submission.job_id}: {submission.name} on {ranks}, in {submission.run}")
     typer.echo(f"watch it with `tubeworks launch status {submission.run}`")

@@ -23,6 +23,7 @@ from framework.errors import Hang, PeerLost, TubeworksError
 from framework.training.run_place import check_place, has_begun, missing_folders, remove_empty
 from framework.training.storage import explain_os_error
 from framework.watch.postmortem import newest_postmortem
+from framework.wording import counted, plural
 from framework.world import World
 
 __all__ = ["accusations", "free_port", "rank_at_fault", "rank_environment", "run_ranks", "train_command"]
@@ -100,8 +101,8 @@ def check_gpus(ranks: int, gpus: int) -> None:
     """
     if 0 < gpus < ranks:
         raise TubeworksError(
-            f"{ranks} ranks, and {gpus} GPU(s) here that no two can share: start --ranks {gpus}, or set "
-            "CUDA_VISIBLE_DEVICES to nothing and train on the CPUs"
+            f"{counted(ranks, 'rank')}, and {counted(gpus, 'GPU')} here that no two can share: start --ranks "
+            f"{gpus}, or set CUDA_VISIBLE_DEVICES to nothing and train on the CPUs"
         )
 
 
@@ -265,7 +266,7 @@ def _forward_signals(processes: Sequence[subprocess.Popen[bytes]], *, listening:
         if listening and number == signal.SIGINT:  # they may still be importing, which takes seconds
             # last, and not through a stream that this may have interrupted: nobody may read it any more
             with contextlib.suppress(OSError):
-                os.write(2, f"SIGINT: passed on to {len(processes)} ranks\n".encode())
+                os.write(2, f"SIGINT: passed on to {counted(len(processes), 'rank')}\n".encode())
 
     handlers: dict[int, Any] = {}
     for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP):
@@ -309,7 +310,7 @@ def accusations(accused: Mapping[str, str]) -> list[str]:
     ranks: dict[str, list[str]] = {}
     for rank, reason in accused.items():
         ranks.setdefault(reason, []).append(rank)
-    return [f"rank{'s' if len(its) > 1 else ''} {', '.join(its)}: {reason}" for reason, its in ranks.items()]
+    return [f"{plural('rank', len(its))} {', '.join(its)}: {reason}" for reason, its in ranks.items()]
 
 
 def _explain(rank: int, code: int, codes: Sequence[int | None], log: Path) -> None:

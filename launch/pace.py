@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from framework.errors import TubeworksError
 from framework.tracking.journal import Entry, journal_path, parse_line
 from framework.training.checkpoint_manifest import checkpoint_folders, read_manifest
+from framework.wording import counted
 from launch.submission import Submission, attempts_of
 
 if TYPE_CHECKING:
@@ -115,7 +116,7 @@ def _measured_step(run: Path, entries: Sequence[Entry], submission: Submission) 
     before = _ranks_of(run)
     if before is None or before == submission.ranks:
         return seconds, "measured"
-    return seconds * before / submission.ranks, f"measured on {before} ranks, in proportion"
+    return seconds * before / submission.ranks, f"measured on {counted(before, 'rank')}, in proportion"
 
 
 def _ranks_of(run: Path) -> int | None:

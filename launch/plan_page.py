@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
+from framework.wording import counted
 from launch.plan import Plan
 
 __all__ = ["show_plan"]
@@ -13,8 +14,8 @@ __all__ = ["show_plan"]
 def show_plan(plan: Plan) -> str:
     """The plan, the script, and what would go wrong."""
     asked, pace = plan.submission, plan.pace
-    where = f"{asked.nodes} node(s) x {asked.ranks_per_node} rank(s)"
-    gpus = f", {asked.gpus_per_node} GPUs each" if asked.gpus_per_node else ", no GPUs"
+    where = f"{counted(asked.nodes, 'node')} x {counted(asked.ranks_per_node, 'rank')}"
+    gpus = f", {counted(asked.gpus_per_node, 'GPU')} each" if asked.gpus_per_node else ", no GPUs"
     rows = [
         ("run folder", f"{asked.run}" + (f", goes on from step {plan.from_step}" if plan.from_step else "")),
         ("asks for", f"{where}{gpus}, {asked.minutes} min, partition {asked.partition or '(default)'}"),

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from framework.data.ledger import Record, read_ledger, step_sum, unpack_ids
 from framework.data.plan import Plan
 from framework.data.quarantine import Quarantine
+from framework.wording import counted
 
 __all__ = [
     "Audit",
@@ -214,15 +215,15 @@ def _epoch_problems(name: str, epoch: EpochAudit) -> list[str]:
     problems = []
     where = f"source {name}, epoch {epoch.epoch}"
     if epoch.missing_count:
-        problems.append(f"{where}: {epoch.missing_count} samples were never fed")
+        problems.append(f"{where}: {counted(epoch.missing_count, 'sample')} never fed")
     if epoch.doubled_count:
-        problems.append(f"{where}: {epoch.doubled_count} samples were fed more than once")
+        problems.append(f"{where}: {counted(epoch.doubled_count, 'sample')} fed more than once")
     if len(epoch.replaced) != len(set(epoch.replaced)):
         problems.append(f"{where}: a sample was replaced more than once")
     if epoch.fed + len(epoch.replaced) != epoch.planned and not epoch.missing_count:
         problems.append(
-            f"{where}: {epoch.fed} samples and {len(epoch.replaced)} substitutes were fed in {epoch.planned} "
-            "places"
+            f"{where}: {counted(epoch.fed, 'sample')} and {counted(len(epoch.replaced), 'substitute')} fed "
+            f"in {counted(epoch.planned, 'place')}"
         )
     return problems
 

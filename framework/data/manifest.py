@@ -26,6 +26,7 @@ from framework.data.urls import Address, Place, place_of
 from framework.errors import DataError
 from framework.files import hash_file
 from framework.recipe.cache_section import Cache
+from framework.wording import counted
 
 __all__ = [
     "FORMAT",
@@ -169,8 +170,9 @@ class Manifest:
         expected = sum(shard.samples for shard in shards)
         if not len(batch) == expected == sum(dataset.samples for dataset in datasets):
             raise DataError(
-                f"{folder}: {SAMPLES_NAME} lists {len(batch)} samples, the shards of {MANIFEST_NAME} hold"
-                f" {expected}: the files do not belong together; copy the folder again or shard anew"
+                f"{folder}: {SAMPLES_NAME} lists {counted(len(batch), 'sample')}, the shards of "
+                f"{MANIFEST_NAME} hold {expected}: the files do not belong together; copy the folder again "
+                "or shard anew"
             )
         try:
             blocks = entry.get("blocks")
@@ -314,7 +316,10 @@ class Manifest:
         return Selection(column, number, summary, self._sums.rows, self._check_block)
 
     def _listing(self) -> str:
-        return ", ".join(f"{d.name} ({d.kind}, {d.samples} samples)" for d in self.datasets) or "nothing"
+        return (
+            ", ".join(f"{d.name} ({d.kind}, {counted(d.samples, 'sample')})" for d in self.datasets)
+            or "nothing"
+        )
 
 
 def _shards_of(file: ManifestFile) -> tuple[ShardInfo, ...]:
@@ -362,5 +367,5 @@ def _open_samples(
     except (OSError, pyarrow.ArrowException) as error:
         raise DataError(f"{path}: cannot be read ({error}); {advice}") from error
     if len(batch) != count:
-        raise DataError(f"{path}: {len(batch)} samples instead of {count}; {advice}")
+        raise DataError(f"{path}: {counted(len(batch), 'sample')} instead of {count}; {advice}")
     return batch, digest, path

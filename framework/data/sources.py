@@ -20,6 +20,7 @@ from framework.errors import DataError
 from framework.recipe.cache_section import Cache
 from framework.recipe.schema import Recipe, Source
 from framework.targets import TargetSpec, in_words
+from framework.wording import counted
 
 __all__ = ["OpenSource", "Split", "build_plan", "open_sources"]
 
@@ -131,7 +132,7 @@ def _check_classes(opened: OpenSource) -> None:
         low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= found:
         raise DataError(
-            f"{_where(opened)} has labels from {low} to {high}, but {found} classes: "
+            f"{_where(opened)} has labels from {low} to {high}, but {counted(found, 'class')}: "
             "the manifest contradicts itself; shard the data anew"
         )
 
@@ -194,6 +195,6 @@ def _check_media(opened: OpenSource) -> None:
         if len(bad):
             key = manifest.sample(int(selection[bad[0]])).key
             raise DataError(
-                f"{_where(opened)}: {len(bad)} samples, {key} for one, do not say how many frames a second "
-                f"they have: take frames by data.sources.{opened.name}.clip.stride instead of clip.fps"
+                f"{_where(opened)}: the manifest has no rate (fps) of {counted(len(bad), 'sample')}, {key} "
+                f"for one: take frames by data.sources.{opened.name}.clip.stride instead of clip.fps"
             )

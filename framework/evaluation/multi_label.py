@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from framework.errors import DataError
+from framework.wording import counted
 from framework.world import World
 
 __all__ = ["MultiLabelResult", "MultiLabelTally", "average_precision"]
@@ -55,7 +56,7 @@ class MultiLabelResult:
     def words(self) -> str:
         """The numbers that a person looks for first."""
         without = self.classes_without_positives
-        left_out = f", {without} classes without positives left out" if without else ""
+        left_out = f", {counted(without, 'class')} without positives left out" if without else ""
         return f"mAP {self.mean_average_precision:.1%} ({self.mean_average_precision_max:.1%} by the " + (
             f"best view){left_out}"
         )

@@ -17,6 +17,7 @@ from framework.forecast.forecast import Surroundings, forecast, parse_decode_ms
 from framework.forecast.hardware import find_hardware
 from framework.models.registry import model_names
 from framework.recipe import load_recipe
+from framework.wording import counted
 
 __all__ = ["forecast_command"]
 
@@ -58,7 +59,7 @@ def forecast_command(
 
 
 def _table(found: dict[str, Any]) -> Table:
-    nodes = f"{found['nodes']} node{'s' * (found['nodes'] != 1)}"
+    nodes = counted(found["nodes"], "node")
     head = f"{found['recipe']} on {found['gpus']} x {found['hardware']['name']}, {nodes}"
     result = Table(title=head, box=box.SIMPLE_HEAD, title_justify="left", show_header=False)
     for label, text in _lines(found):
@@ -85,7 +86,7 @@ def _lines(found: dict[str, Any]) -> list[tuple[str, str]]:
         ("decode, processor ms a sample", costs),
         (
             "cores for decode, per GPU",
-            f"{_short(decode['cores_per_gpu'])} ({decode['workers_per_gpu']} workers)",
+            f"{_short(decode['cores_per_gpu'])} ({counted(decode['workers_per_gpu'], 'worker')})",
         ),
         (
             "memory of a GPU",

@@ -17,6 +17,7 @@ from framework.forecast.forecast import ESTIMATED, MEASURED, Surroundings, forec
 from framework.forecast.hardware import Hardware
 from framework.forecast.mixing import mixing_of, mixing_text
 from framework.recipe.schema import Recipe
+from framework.wording import counted, plural
 from framework.world import World
 
 __all__ = ["summarize_plan", "summary_text"]
@@ -106,11 +107,13 @@ def _traffic(recipe: Recipe, sources: Mapping[str, OpenSource], plan: Plan, worl
 def summary_text(summary: Mapping[str, Any]) -> str:
     """The summary for people."""
     lines = [
-        f"{summary['recipe']}: {summary['steps']:,} steps on {summary['gpus']} GPUs, {summary['nodes']} nodes"
+        f"{summary['recipe']}: {summary['steps']:,} steps on {counted(summary['gpus'], 'GPU')}, "
+        f"{counted(summary['nodes'], 'node')}"
     ]
     for name, one in summary["sources"].items():
         lines.append(
-            f"  {name}: {one['samples']:,} samples, {one['shards']:,} shards, {_gib(one['bytes'])}; "
+            f"  {name}: {one['samples']:,} {plural('sample', one['samples'])}, {one['shards']:,} "
+            f"{plural('shard', one['shards'])}, {_gib(one['bytes'])}; "
             f"{one['samples_per_step']} a step{_repeated(one['repeats'])}, "
             f"{one['steps_per_epoch']:,.1f} steps an epoch, "
             f"{one['epochs']:.2f} epochs"

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from framework.tracking.mirror import sync_run
+from framework.wording import counted
 
 __all__ = ["sync_command"]
 
@@ -24,7 +25,7 @@ def sync_command(run: Path, settle: bool = True, *, as_json: bool = False) -> No
         Console().out(json.dumps({"run": str(run), **asdict(report)}, indent=2), highlight=False)
         return
     Console(highlight=False, soft_wrap=True).print(
-        f"sent {report.points} points and {report.files} files of {run} to MLflow run {report.run_id} "
-        f"at {report.uri}",
+        f"sent {counted(report.points, 'point')} and {counted(report.files, 'file')} of {run} to MLflow run "
+        f"{report.run_id} at {report.uri}",
         markup=False,
     )

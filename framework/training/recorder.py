@@ -25,6 +25,7 @@ from framework.training.console import LiveLine, format_seconds
 from framework.training.run_folder import append_event
 from framework.training.saver import Saved
 from framework.training.session import Session
+from framework.wording import counted
 
 __all__ = ["Recorder"]
 
@@ -122,7 +123,9 @@ class Recorder:
         }
         self._write(step, metrics)
         for name, result in results.items():
-            self._line.say(f"held out after step {step}: {name} {result.words()} of {result.samples} samples")
+            self._line.say(
+                f"held out after step {step}: {name} {result.words()} of {counted(result.samples, 'sample')}"
+            )
 
     def finished(self, step: int) -> None:
         """The last step is done and saved: picture what was learned."""
@@ -173,9 +176,11 @@ class Recorder:
         self._mirror = MlflowMirror(session.run, recipe, info)
         self._mirror.start()
         self._system = SystemSampler(session.run) if recipe.tracking.system_metrics else None
-        ranks = "1 rank" if world.size == 1 else f"{world.size} ranks"
+        ranks = counted(world.size, "rank")
         going_on = f", going on from step {session.start}" if session.start else ""
-        self._line.say(f"{recipe.name} in {session.run}: {recipe.train.steps} steps on {ranks}{going_on}")
+        self._line.say(
+            f"{recipe.name} in {session.run}: {counted(recipe.train.steps, 'step')} on {ranks}{going_on}"
+        )
 
     def _write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write to the journal; if rank 0 cannot, all ranks leave with its error."""

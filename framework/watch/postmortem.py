@@ -13,6 +13,7 @@ from typing import Any
 
 from framework.watch.attempts import close_attempt, newest_checkpoint
 from framework.watch.page import PHASES
+from framework.wording import counted
 
 __all__ = ["blame", "compose", "newest_postmortem", "postmortem_path"]
 
@@ -194,7 +195,7 @@ def _markdown(run: Path, size: int, summary: Mapping[str, Any], records: Sequenc
     accused, named = summary["accused"], summary["samples"]
     title = {"hang": "the job hung", "died": "a rank died"}.get(summary["what"], summary["what"])
     lines = [f"# Attempt {summary['attempt']} of {run.name}: {title}", ""]
-    lines.append(f"Written {summary['written']}, at step {summary['step']}, {size} ranks.")
+    lines.append(f"Written {summary['written']}, at step {summary['step']}, {counted(size, 'rank')}.")
     lines.append(f"Newest checkpoint: {summary['checkpoint'] or 'none'}. {summary['advice']}")
     lines += ["", "## Who", ""]
     lines += [_accusation(rank, reason, records) for rank, reason in accused.items()]

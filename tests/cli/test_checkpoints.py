@@ -73,7 +73,7 @@ def test_prune_keeps_the_newest_and_multiples(run: Path, capsys: pytest.CaptureF
     assert names(run) == ["step-00000200", "step-00000400"]
     assert capsys.readouterr().out == "removed step-00000100\nremoved step-00000300\n"
     prune_checkpoints(run, 1, 200)
-    assert capsys.readouterr().out == "nothing to remove: 2 checkpoints are kept\n"
+    assert capsys.readouterr().out == "nothing to remove: 2 checkpoints kept\n"
 
 
 def test_prune_follows_the_recipe(run: Path) -> None:

@@ -216,8 +216,8 @@ def test_a_sample_that_is_missing_or_doubled_is_named(quiet_run: tuple[Case, Pat
     epoch = audit.sources["one"][0]
     assert epoch.missing == [int(before[0])]
     assert epoch.doubled == [next(index for index in range(10) if index not in before)]
-    assert any("1 samples were never fed" in problem for problem in audit.problems)
-    assert any("1 samples were fed more than once" in problem for problem in audit.problems)
+    assert any("1 sample never fed" in problem for problem in audit.problems)
+    assert any("1 sample fed more than once" in problem for problem in audit.problems)
 
 
 def test_steps_that_are_missing_doubled_or_cut_are_named(quiet_run: tuple[Case, Path]) -> None:

@@ -78,7 +78,7 @@ def test_a_rate_that_nobody_knows(tmp_path: Path, helpers: ModuleType, make_reci
     medium.fps = 0.0
     folder = helpers.write_shards(tmp_path / "shards", [medium], {"moves": CLASSES["moves"]}, 1)
     clip = {"clip": {"frames": 4, "fps": 5}}
-    with pytest.raises(DataError, match=r"1 samples, moves/0 for one, .* instead of clip\.fps"):
+    with pytest.raises(DataError, match=r"no rate .* of 1 sample, moves/0 for one: .* instead of clip\.fps"):
         open_sources(make_recipe(folder, mixture={"moves": 1}, video=clip))
     open_sources(make_recipe(folder, mixture={"moves": 1}))
 
@@ -120,3 +120,7 @@ def test_listing_names_the_samples_of_a_rank(shards: Path, make_recipe: Callable
         listing(recipe, 3, 2, 2)
     with pytest.raises(RecipeError, match="step -1"):
         listing(recipe, -1, 2, 0)
+    with pytest.raises(
+        RecipeError, match=rf"step {recipe.train.steps} is not in 0 … {recipe.train.steps - 1}"
+    ):
+        listing(recipe, recipe.train.steps, 2, 0)

@@ -210,7 +210,7 @@ def test_coverage_of_an_official_list(
     [
         ("yoga\nzumba\n", ""),
         ("zumba\nyoga\n", "label 0 is 'yoga', there it is 'zumba'"),
-        ("yoga\nzumba\nboxing\n", "1 classes of it are not there (boxing)"),
+        ("yoga\nzumba\nboxing\n", "1 class of it not there (boxing)"),
     ],
 )
 def test_classes_are_compared_with_the_official_list(
