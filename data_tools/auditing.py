@@ -44,6 +44,8 @@ def audit_run(run: Path) -> dict[str, Any]:
         keys = {name: _key_of(opened) for name, opened in sources.items()}
         if history.plans and plan.hash != history.plans[-1]:
             order = "not checked: the shards are not those of the run"
+        elif not history.segments:
+            order = "not checked: the ledger has no steps"
         else:
             audit.problems += check_order(history, plan, read_quarantine(run))
     return {**with_keys(audit, keys), "order": order}

@@ -42,6 +42,8 @@ def verify(
     report = verify_shards(folder, decode=decode, workers=workers or available_cores(), official=lists)
     if as_json:
         print_json(report.content())
+    elif report.is_unreadable:
+        raise DataError(report.problems[0].problem)
     else:
         typer.echo(report.to_text())
     if report.problems:

@@ -152,7 +152,11 @@ def _index_shard(task: _Task, advance: Advance) -> dict[str, Any]:
                 failed.append({"key": sample.key, "reason": f"{error} ({task.path.name})"})
             advance()
     except tarfile.TarError as error:
-        failed.append({"key": task.path.name, "reason": f"the archive is damaged from here on: {error}"})
+        seen = rows or failed
+        what = (
+            "the archive is damaged from here on" if seen else "not a tar archive, or damaged from its start"
+        )
+        failed.append({"key": task.path.name, "reason": f"{what}: {error}"})
     record = {
         "name": task.path.name, "identity": identity, "blake2b": hash_file(task.path),
         "rows": rows, "failed": failed,

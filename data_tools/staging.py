@@ -49,9 +49,10 @@ def staging_folder(out: Path, shared: bool | None = None) -> Iterator[Path]:
         with locked(staging, shared=bool(shared)):
             yield staging
     except OSError as error:
+        kept = f" finished shards are kept in {staging}:" if _has_finished(staging) else ""
         raise DataError(
-            f"{error.filename or staging}: cannot write the shards ({error.strerror}); finished shards are"
-            f" kept in {staging}: make room or set the permissions, and run the same command again"
+            f"{error.filename or staging}: cannot write the shards ({error.strerror});{kept} make room or set"
+            " the permissions, and run the same command again"
         ) from error
 
 
@@ -97,7 +98,11 @@ def sweep(staging: Path) -> bool:
     for path in present:
         if path.suffix in (".tmp", ".new"):
             path.unlink()
-    return any(path.suffix in (".tar", ".done") for path in present)
+    return _has_finished(staging)
+
+
+def _has_finished(staging: Path) -> bool:
+    return any(path.suffix in (".tar", ".done") for path in staging.glob("part-*"))
 
 
 def clear(staging: Path, keep: Sequence[str] = ()) -> None:

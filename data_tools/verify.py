@@ -62,6 +62,11 @@ class VerifyReport:
     manifest_checksum: bool = True
     """Whether the manifest has one of its own; that of an earlier version has not, which is no problem."""
 
+    @property
+    def is_unreadable(self) -> bool:
+        """Whether there is one problem only: the manifest cannot be opened."""
+        return not self.shards and bool(self.problems)
+
     def content(self) -> dict[str, Any]:
         """The report for programs."""
         content = {"ok": not self.problems, **asdict(self)}
@@ -71,8 +76,6 @@ class VerifyReport:
 
     def to_text(self) -> str:
         """The report for people."""
-        if not self.shards:
-            return "\n".join(str(problem) for problem in self.problems)
         how = "checksums and all frames" if self.decoded else "checksums"
         size = f"{in_shards(self.samples, self.shards)}, {human_bytes(self.bytes)}"
         head = f"{self.folder}: {size}: {how} verified, {counted(len(self.problems), 'problem', 'no')}"

@@ -300,7 +300,9 @@ def _accuse(run: Path, codes: Sequence[int | None], began: float) -> None:
         accused = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))["accused"]
     except (OSError, ValueError, KeyError):
         accused = {}
-    for line in accusations(accused):
+    # Rank 0 has written its message to this terminal, unless it was ended without one.
+    said = accused.get("0") if codes[0] not in (None, Hang.exit_code) and codes[0] > 1 else None
+    for line in accusations({rank: reason for rank, reason in accused.items() if reason != said}):
         sys.stderr.write(f"{line}\n")
     sys.stderr.write(f"what every rank was at: {path}\n")
 

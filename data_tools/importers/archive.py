@@ -103,7 +103,7 @@ def whole_archive(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
         tar.members.clear()  # type: ignore[attr-defined]  # else tarfile keeps all the millions
     file.seek(tar.offset)
     if any(file.read(tarfile.BLOCKSIZE)):
-        raise tarfile.ReadError(f"damaged: no header can be read at offset {tar.offset}")
+        raise tarfile.ReadError(f"no header can be read at offset {tar.offset}")
 
 
 def open_archive(file: BinaryIO) -> tarfile.TarFile:

@@ -265,6 +265,8 @@ def read_ledger(run: Path) -> Iterator[Record]:
                     raise _damaged(path, offset)
                 offset = file.tell()
                 yield _record(path, data, header)
+            if not MAGIC.startswith(frame[: len(MAGIC)]):  # nothing that was torn while it was written
+                raise _damaged(path, offset)
     except FileNotFoundError:
         raise DataError(
             f"{path} does not exist: {run} is not the folder of a run that has begun, or one of a version "

@@ -6,6 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -268,6 +269,10 @@ def test_damage_is_an_error_and_a_torn_end_is_not(quiet_run: tuple[Case, Path]) 
         ledger_path(run).write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
         with pytest.raises(DataError, match="is damaged"):
             list(read_ledger(run))
+    for short, is_torn in ((whole[:1], True), (whole[:7], True), (b"junk\n", False)):
+        ledger_path(run).write_bytes(short)
+        with nullcontext() if is_torn else pytest.raises(DataError, match="record at byte 0 is damaged"):
+            assert list(read_ledger(run)) == []
     for place in (1, 6):  # of the magic, and of a length that leads behind the end
         damaged = bytearray(whole)
         damaged[place] ^= 0x7F

@@ -131,6 +131,13 @@ def test_a_damaged_shard_keeps_what_is_before_the_damage(tubeworks: Shards, shar
     assert any("damaged from here on" in row["reason"] for row in done.json["failed"])
 
 
+def test_a_file_that_is_no_archive_is_called_so(tubeworks: Shards, shards: Path) -> None:
+    (shards / "text.tar").write_text("a file of text, whatever its name says\n")
+    done = tubeworks("index", shards, "--name", "laion", "--kind", "image", "--label-from", "none", "--json")
+    assert done.code == 0, done.stderr
+    assert [row["key"] for row in done.json["failed"] if "not a tar archive" in row["reason"]] == ["text.tar"]
+
+
 @pytest.mark.parametrize(
     ("name", "kind", "reason"),
     [

@@ -71,6 +71,9 @@ def test_a_ledger_that_lacks_what_a_checkpoint_holds_is_a_problem(run_copy: Path
     code, found = audit(run_copy)
     assert code == 3
     assert found["problems"] == ["there is a checkpoint of step 6, but the ledger ends with step 3"]
+    ledger_path(run_copy).write_bytes(b"")
+    code, found = audit(run_copy)
+    assert (code, found["order"]) == (3, "not checked: the ledger has no steps")
 
 
 def test_without_its_shards_a_run_is_still_audited(

@@ -92,3 +92,22 @@ def test_a_rank_imports_nothing_that_only_costs_time(recipe_file: Path, tmp_path
         command, env={**os.environ, **CPU}, capture_output=True, text=True, timeout=300, check=False
     )
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_what_rank_0_has_said_is_not_said_again(recipe_file: Path, tmp_path: Path) -> None:
+    """Files may have 100 kB here, and a checkpoint needs more: all ranks fail of it together."""
+    limited = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)); "
+    limited += "sys.argv[0] = 'tubeworks'; runpy.run_module('launch.cli', run_name='__main__')"
+    settings = ["train.steps=4", "checkpoint.every=2", "data.workers=0", "tracking.mlflow=false"]
+    command = [sys.executable, "-c", limited, "train", str(recipe_file), *settings, "--ranks", "2"]
+    done = subprocess.run(
+        [*command, "--run", str(tmp_path / "run")],
+        env={**os.environ, **CPU},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 4, done.stderr
+    assert done.stderr.count("the checkpoint of step 2 was not written") == 1, done.stderr
+    assert "what every rank was at: " in done.stderr
