@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from framework.wording import counted, plural
+
 __all__ = ["STAGE_ADVICE", "Verdict", "diagnose"]
 
 ENOUGH = 0.05
@@ -45,17 +47,15 @@ def diagnose(metrics: Mapping[str, float], workers: int, ranks_here: int, cores:
     computing = max(step * (1 - wait), 1e-9)
     busy = min(1.0, made / (max(1, workers) * max(step, 1e-9)))
     if wait <= ENOUGH or made == 0:
-        return Verdict(
-            "compute",
-            0,
-            f"keeps up: waiting {wait:.0%} of the time, {max(1, workers)} workers a rank {busy:.0%} busy",
-        )
+        makers = counted(max(1, workers), "worker")
+        text = f"keeps up: waiting {wait:.0%} of the time, {makers} a rank {busy:.0%} busy"
+        return Verdict("compute", 0, text)
     stage = max(stages, key=lambda name: stages[name])
     needed = max(math.ceil(made / computing * (1 - 1e-9)), workers + 1)  # what rounding adds is no worker
     short = needed - workers
     free = cores // max(1, ranks_here) - 1
     room = "" if needed <= free else f"; this machine has {max(0, free) or 'none'} beside the rank's own"
-    more = f"{short} more {'core' if short == 1 else 'cores'} per rank"
+    more = f"{short} more {plural('core', short)} per rank"
     return Verdict(
         stage,
         short,

@@ -83,7 +83,8 @@ def evaluate_run(
     by default averaged ones where the checkpoint has any.
 
     Errors:
-        TubeworksError: no run, no valid checkpoint, no held-out shards, no averaged weights, corrupt samples.
+        TubeworksError: no run, no valid checkpoint, no held-out shards, no averaged weights, no frames to
+            shuffle, corrupt samples.
     """
     recipe = recipe_of(run)
     check_classifies(run, recipe)
@@ -92,6 +93,11 @@ def evaluate_run(
     sources = peers.together(lambda: open_sources(recipe, "validation"))
     if not sources:
         raise DataError(f"no source of {recipe.name} has held-out shards: set data.sources.NAME.validation")
+    if shuffle_frames and all(source.source.frames == 1 for source in sources.values()):
+        raise DataError(
+            f"--shuffle-frames: the held-out sources of {recipe.name} ({', '.join(sources)}) have one frame "
+            "a sample, so there is nothing to shuffle"
+        )
     finished = peers.on_main(lambda: open_finished(run, wanted))  # which reads the whole checkpoint
     device = choose_device(world)
     # bf16 only where the device is made for it

@@ -11,7 +11,7 @@ from __future__ import annotations
 import difflib
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from framework.data.limits import DECODE_SECONDS, READ_SECONDS
 from framework.recipe.augment_sections import ColorJitter, ScaleJitter
@@ -184,15 +184,17 @@ class Data(Section):
     """With `substitute`: stop all the same when an attempt finds more corrupt samples, on all ranks."""
     cache: Cache = Cache()
 
-    @model_validator(mode="after")
-    def _mixture_names_sources(self) -> Data:
-        for name in self.mixture:
-            if name not in self.sources:
-                near = difflib.get_close_matches(name, self.sources, n=1)
+    @field_validator("mixture")  # of the field, so that it is looked at whatever else is wrong
+    @classmethod
+    def _mixture_names_sources(cls, mixture: dict[str, int], info: ValidationInfo) -> dict[str, int]:
+        sources = info.data.get("sources", mixture)  # not there where a source has errors of its own
+        for name in mixture:
+            if name not in sources:
+                near = difflib.get_close_matches(name, sources, n=1)
                 guess = f", did you mean `{near[0]}`?" if near else "."
-                text = f"there is no such source{guess} Names in data.sources: {', '.join(self.sources)}"
-                raise BrokenRule(text, "mixture", name)
-        return self
+                text = f"there is no such source{guess} Names in data.sources: {', '.join(sources)}"
+                raise BrokenRule(text, name)
+        return mixture
 
     @model_validator(mode="after")
     def _mixture_has_whole_samples(self) -> Data:

@@ -124,8 +124,11 @@ def test_what_is_not_there_is_explained(run: Path, tmp_path: Path, recipe_of: Ca
     with pytest.raises(CheckpointError, match="no valid checkpoint"):
         evaluate_command(tmp_path)
     data = recipe_of().data.model_dump()
-    for source in data["sources"].values():
-        source["validation"] = None
+    data["sources"]["motion"]["validation"] = None
+    (tmp_path / "recipe.yaml").write_text(dump_yaml(recipe_of(data=data)))
+    with pytest.raises(DataError, match=r"sources of \S+ \(digits\) have one frame a sample"):
+        evaluate_command(tmp_path, shuffle_frames=True)
+    data["sources"]["digits"]["validation"] = None
     (tmp_path / "recipe.yaml").write_text(dump_yaml(recipe_of(data=data)))
     with pytest.raises(DataError, match=r"data\.sources\.NAME\.validation"):
         evaluate_command(tmp_path)

@@ -139,6 +139,14 @@ def test_rules_over_several_sections_name_one_value(good: str) -> None:
     ]
 
 
+def test_a_misspelt_source_of_the_mixture_is_listed_with_the_other_errors_of_data(good: str) -> None:
+    found = complaints(good, "data.mixture.motoin=3", "data.blok=7", "data.workers=-1")
+    assert len(found) == 3
+    assert any("did you mean `motion`?" in line for line in found)
+    broken_source = complaints(good, "data.mixture.motoin=3", "data.sources.motion.sise=7")
+    assert len(broken_source) == 1, "which names there are is told once the sources are right"
+
+
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
