@@ -112,6 +112,17 @@ def version_of(datasets: Sequence[DatasetInfo]) -> int:
     return 1 if all(dataset.target == "single" for dataset in datasets) else 2
 
 
+@dataclass(frozen=True)
+class SampleTable:
+    """samples.arrow, mapped: its file on this machine, its rows, and what the manifest says of them."""
+
+    path: Path
+    batch: pyarrow.RecordBatch
+    checksum: str
+    blocks: Mapping[str, Any] | None
+    """Checksums and counts of blocks of rows (`framework.data.table`); None in those of earlier versions."""
+
+
 class Manifest:
     """A folder of shards, opened for reading. Samples are ordered by (shard, offset).
 
@@ -125,21 +136,19 @@ class Manifest:
         file: ManifestFile,
         shards: tuple[ShardInfo, ...],
         datasets: tuple[DatasetInfo, ...],
-        batch: pyarrow.RecordBatch,
-        samples_checksum: str,
-        table: Path,
+        samples: SampleTable,
         remote: RemoteFolder | None = None,
-        blocks: Mapping[str, Any] | None = None,
     ) -> None:
+        batch, blocks = samples.batch, samples.blocks
         self.folder = folder
-        self.table = table
+        self.table = samples.path
         self.remote = remote
         self.hash = file.hash
         self.has_checksum = file.has_checksum
         """Of manifest.json itself; earlier versions wrote none."""
         self.shards = shards
         self.datasets = datasets
-        self.samples_checksum = samples_checksum
+        self.samples_checksum = samples.checksum
         """blake2b that samples.arrow should have; compared by `check_table`."""
         self._batch = batch
         self._fields = {name: batch.column(name) for name in batch.schema.names}  # making one takes 10 us
@@ -165,18 +174,16 @@ class Manifest:
         if remote:
             remote.add([(shard.name, shard.bytes, shard.blake2b) for shard in shards])
         check_sizes(folder, {shard.name: shard.bytes for shard in shards}, remote)
-        entry = file.field("samples")
-        batch, samples_checksum, table = _open_samples(folder, entry, file.content["version"], remote)
-        expected = sum(shard.samples for shard in shards)
-        if not len(batch) == expected == sum(dataset.samples for dataset in datasets):
+        samples = _open_samples(folder, file, remote)
+        count, expected = len(samples.batch), sum(shard.samples for shard in shards)
+        if not count == expected == sum(dataset.samples for dataset in datasets):
             raise DataError(
-                f"{folder}: {SAMPLES_NAME} lists {counted(len(batch), 'sample')}, the shards of "
+                f"{folder}: {SAMPLES_NAME} lists {counted(count, 'sample')}, the shards of "
                 f"{MANIFEST_NAME} hold {expected}: the files do not belong together; copy the folder again "
                 "or shard anew"
             )
         try:
-            blocks = entry.get("blocks")
-            return cls(folder, file, shards, datasets, batch, samples_checksum, table, remote, blocks)
+            return cls(folder, file, shards, datasets, samples, remote)
         except (KeyError, TypeError, ValueError, zlib.error) as error:
             raise DataError(
                 f"{folder / MANIFEST_NAME}: the entry `blocks` is malformed ({error!r}); copy the folder "
@@ -316,10 +323,8 @@ class Manifest:
         return Selection(column, number, summary, self._sums.rows, self._check_block)
 
     def _listing(self) -> str:
-        return (
-            ", ".join(f"{d.name} ({d.kind}, {counted(d.samples, 'sample')})" for d in self.datasets)
-            or "nothing"
-        )
+        listed = (f"{one.name} ({one.kind}, {counted(one.samples, 'sample')})" for one in self.datasets)
+        return ", ".join(listed) or "nothing"
 
 
 def _shards_of(file: ManifestFile) -> tuple[ShardInfo, ...]:
@@ -337,10 +342,9 @@ def _shards_of(file: ManifestFile) -> tuple[ShardInfo, ...]:
     return shards
 
 
-def _open_samples(
-    folder: Place, entry: Any, version: int, remote: RemoteFolder | None
-) -> tuple[pyarrow.RecordBatch, str, Path]:
-    """Memory-map samples.arrow after checking size and columns; with its checksum and its place."""
+def _open_samples(folder: Place, file: ManifestFile, remote: RemoteFolder | None) -> SampleTable:
+    """Memory-map samples.arrow after checking size and columns."""
+    entry, version = file.field("samples"), file.content["version"]
     advice = "copy the folder again or shard anew"
     try:
         size, count, name = int(entry["bytes"]), int(entry["count"]), entry["file"]
@@ -368,4 +372,4 @@ def _open_samples(
         raise DataError(f"{path}: cannot be read ({error}); {advice}") from error
     if len(batch) != count:
         raise DataError(f"{path}: {counted(len(batch), 'sample')} instead of {count}; {advice}")
-    return batch, digest, path
+    return SampleTable(path, batch, digest, entry.get("blocks"))

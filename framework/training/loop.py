@@ -6,7 +6,6 @@ import gc
 import logging
 import platform
 import signal
-import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -14,31 +13,25 @@ from typing import Any
 
 import torch
 
-from framework.data.labels import class_shares
-from framework.data.loader import Batch, training_batches
+from framework.data.loader import training_batches
 from framework.data.plan import Plan
 from framework.data.prefetch import check_cache
 from framework.data.sources import OpenSource, build_plan, open_sources
 from framework.errors import TubeworksError
 from framework.models.registry import build_model, inputs_of
-from framework.recipe import recipe_hash
-from framework.recipe.model_sections import reconstructs
 from framework.recipe.schema import Recipe
 from framework.tracking.mirror import Status
 from framework.training.agreement import agreed_signal
 from framework.training.checkpoint import CheckpointReader, choose_checkpoint
-from framework.training.counters import Counters
 from framework.training.data_facts import write_data_facts
 from framework.training.distributed import Peers, choose_device, start_process_group
 from framework.training.elastic import fitted
 from framework.training.engine import start_engine
-from framework.training.feed import Feed, agreed_quarantine, begin_ledger, commit_ledger
-from framework.training.guards import CollapseGuard, DeadGuard
+from framework.training.feed import agreed_quarantine, begin_ledger
 from framework.training.held_out import evaluate_held_out
 from framework.training.initial import initialise
 from framework.training.losses import check_mixing
 from framework.training.memory import collected_by_hand, returned_memory
-from framework.training.meters import Meters
 from framework.training.numbers import Rollback
 from framework.training.optim import resolve_schedule
 from framework.training.recorder import Recorder
@@ -55,8 +48,8 @@ from framework.training.saver import Saver, tidy
 from framework.training.session import Session
 from framework.training.signals import SignalFlag
 from framework.training.state import TrainState
+from framework.training.steps import run_steps
 from framework.training.supervision import Supervision
-from framework.training.update import Outcome, schedule_of, take_step
 from framework.watch.attempts import close_own_attempt
 from framework.watch.heart import Heart
 from framework.watch.sentinel import SLOW
@@ -264,121 +257,12 @@ def record_attempt(session: Session, hosts: list[str]) -> int:
     return attempt
 
 
-def run_steps(session: Session, recorder: Recorder) -> int:
-    """The steps that are left; returns the signal that ended them early, or 0."""
-    recipe, peers = session.recipe, session.peers
-    steps, accumulation = recipe.train.steps, recipe.train.accumulation
-    weights = {name: recipe.data.sources[name].loss_weight for name in recipe.data.mixture}
-    blind = reconstructs(recipe.model)
-    targets = {name: None if blind else recipe.data.sources[name].targets for name in recipe.data.mixture}
-    meters = Meters(targets, session.device)
-    feed = Feed(session)
-    collapse = CollapseGuard(
-        recipe.model_copy(update={"schedule": schedule_of(session)}), shares_of_classes(session)
-    )
-    dead = DeadGuard(session.engine.module, recipe)
-    counters = Counters(meters=meters, collapse=collapse, dead=dead, numbers=session.guard)
-    counters.restore(session.counted, peers.world.rank, peers.world.size)
-    for step in range(session.start, steps):
-        session.heart.beat("data", step)
-        began = time.perf_counter()
-        micro_batches = feed.next_step(accumulation)
-        waited = time.perf_counter() - began
-        recorder.fed(step, micro_batches)
-
-        taken = take_step(session, step, micro_batches, meters)
-        session.heart.beat("record")
-        finish_step(session, step, taken, micro_batches)
-        session.saver.advance(*taken.agreed.saving)
-        dead.step_done()
-
-        done = session.done = step + 1
-        meters.step_done(waited, (batch.seconds for batch in micro_batches))
-        command = taken.agreed.command
-        asked = session.requests.begin(command, taken.agreed.number, done)
-        stop = taken.agreed.stop or asked
-        if done % recipe.train.log_every == 0 or done == steps or stop:
-            metrics = meters.collect(peers, weights) | optimizer_metrics(session, taken)
-            recorder.log(done, metrics)
-            dead.look(done, peers)
-            collapse.look(done, metrics)
-            meters.reset()
-            gc.collect()
-        paused = time.perf_counter()
-        if stop:
-            recorder.stopping(stop)
-        last = done == steps or bool(stop)
-        if last or command == "checkpoint" or done % recipe.checkpoint.every == 0:
-            save(session, done, counters, wait=last or command == "checkpoint")
-        session.requests.finish(command, done)
-        if recipe.train.eval_every and done % recipe.train.eval_every == 0 and done < steps and not stop:
-            recorder.evaluated(done, evaluate_held_out(session))
-            stop = agreed_signal(session)
-            if stop and done % recipe.checkpoint.every:
-                save(session, done, counters, wait=True)
-        if stop:
-            session.saver.finish()
-        recorder.saved(session.saver.take_news())
-        meters.leave_out(time.perf_counter() - paused)
-        if stop:
-            return stop
-    return 0
-
-
-def shares_of_classes(session: Session) -> dict[str, list[float]]:
-    """For each multi-label source, the share of its samples to which each class applies."""
-    sources = session.sources.items()
-    return {n: class_shares(s).tolist() for n, s in sources if s.source.target == "multi"}
-
-
 def will_go_on(session: Session, stopped_by: int) -> bool:
     """Whether the supervisor will start the run again after this signal; rank 0 asks, all know."""
     supervision = session.supervision
     if not stopped_by or supervision is None:
         return False
     return session.peers.on_main(lambda: supervision.goes_on(stopped_by))
-
-
-def finish_step(session: Session, step: int, taken: Outcome, micro_batches: list[Batch]) -> None:
-    """Follow up on the optimizer and on the numbers.
-
-    Errors:
-        Rollback, TrainingStopped: see `framework.training.numbers`.
-    """
-    if taken.applied:
-        session.state.update_average()
-    session.guard.follow_up(session, step, taken.verdict, taken.applied, taken.numbers, micro_batches)
-
-
-def optimizer_metrics(session: Session, taken: Outcome) -> dict[str, float]:
-    """Learning rate, gradient norm (before clipping), skipped steps, and what the model has to show."""
-    norm = session.engine.get_global_grad_norm() if taken.norm is None else taken.norm
-    skipped = float(session.skipped)
-    metrics = {"train/lr": taken.lr, "train/grad_norm": float(norm), "train/skipped_steps": skipped}
-    return metrics | getattr(session.engine.module, "telemetry", dict)()
-
-
-def save(session: Session, step: int, counters: Counters, wait: bool) -> None:
-    """Save the state after a step; with `wait` the checkpoint is committed when this returns.
-
-    Errors:
-        TrainingStopped: there is a NaN or Inf in what would be saved; nothing would come of going on from it.
-        CheckpointError: a rank could not write.
-    """
-    session.heart.beat("save")
-    facts = {
-        "recipe": recipe_hash(session.recipe),
-        "plan": session.plan.hash,
-        "recipe_values": session.recipe.model_dump(mode="json"),
-        "accumulation": session.recipe.train.accumulation,
-        "zero": session.recipe.engine.zero,
-        "precision": session.recipe.engine.precision,
-        "skipped_steps": session.skipped,
-        "quarantine": session.loader.quarantine.digest(step),
-    }
-    commit_ledger(session, step)
-    model, state = session.engine.module, session.state
-    session.saver.start(step, model, state, facts, counters=counters.state(), wait=wait)
 
 
 @contextmanager

@@ -172,7 +172,7 @@ def _advice(path: Path, number: int | None, text: str) -> str:
         )
     if number in (errno.EEXIST, errno.ENOTDIR):
         return f"cannot write {path}: {text}. Remove what is in its place, or choose another --run folder"
-    return f"cannot write {path}: {text}"
+    return f"cannot write {path}: {text}. Check the path and its disk, or choose another --run folder"
 
 
 def _free_bytes(folder: Path) -> int | None:

@@ -34,7 +34,7 @@ SETTINGS = (
 CODE_PHASES: dict[str, tuple[str, str, int]] = {
     "build": ("framework.training.loop", "start_engine", 1),
     "restore": ("framework.training.checkpoint.CheckpointReader", "read", 60),
-    "step": ("framework.training.loop", "take_step", 11),
+    "step": ("framework.training.steps", "take_step", 11),
     "copy": ("framework.training.snapshot.HostCopies", "_buffer", 600),
     "gather": ("framework.training.saver.Saver", "_commit", 5),
 }

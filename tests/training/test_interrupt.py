@@ -16,7 +16,7 @@ import pytest
 from rank_processes import CPU, Job, command_line, steps_in_journal, wait_for_checkpoint, wait_until
 
 from framework.recipe import load_recipe
-from framework.training import loop
+from framework.training import steps
 from framework.training.checkpoint_manifest import checkpoint_folders
 from framework.training.main import train_rank
 from framework.training.supervision import Supervision
@@ -108,7 +108,7 @@ def test_a_training_that_nobody_reads_any_more_saves(recipe_file: Path, tmp_path
 
 
 def stick_in_fifth_step(marker: str) -> None:
-    take_step = loop.take_step
+    take_step = steps.take_step
 
     def step_or_wait(session, step, *rest):  # type: ignore[no-untyped-def]
         if step == 4:
@@ -116,7 +116,7 @@ def stick_in_fifth_step(marker: str) -> None:
             threading.Event().wait()
         return take_step(session, step, *rest)
 
-    loop.take_step = step_or_wait
+    steps.take_step = step_or_wait
 
 
 def train_until_stuck(marker: str, *arguments: str) -> None:

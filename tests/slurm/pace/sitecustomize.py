@@ -49,7 +49,7 @@ class _Pace(importlib.abc.MetaPathFinder):
     """Wraps functions of some modules when these are imported."""
 
     slowed = {  # noqa: RUF012
-        "framework.training.loop": ("finish_step", "TEST_STEP_SECONDS"),
+        "framework.training.steps": ("finish_step", "TEST_STEP_SECONDS"),
         "framework.training.storage": ("write_tensors", "TEST_FILE_SECONDS"),
     }
     noted = {  # noqa: RUF012
@@ -62,8 +62,8 @@ class _Pace(importlib.abc.MetaPathFinder):
             "start_engine",
             "prepare",
             "Recorder",
-            "take_step",
         ),
+        "framework.training.steps": ("take_step",),
     }
 
     def find_spec(self, fullname, path=None, target=None):
