@@ -11,15 +11,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.machine import describe_machine
+
+if TYPE_CHECKING:
+    from framework.training.distributed import Peers
+    from framework.training.state import Fragment, TrainState
 
 RECIPE = """\
 name: big
@@ -56,60 +60,24 @@ def main() -> None:
 
 def measure(home: Path, width: int, depth: int, rounds: int) -> dict[str, Any]:
     """All figures; seconds and bytes."""
-    import torch
-
-    from framework.models.registry import build_model, inputs_of
-    from framework.recipe import load_recipe
     from framework.training.checkpoint import CheckpointReader
     from framework.training.checkpoint_manifest import verify
-    from framework.training.distributed import start_process_group
-    from framework.training.engine import start_engine
-    from framework.training.saver import Saver
-    from framework.training.state import Fragment, TrainState
-    from framework.world import World
 
-    path = home / "big.yaml"
-    path.write_text(RECIPE.format(width=width, depth=depth, mlp=4 * width, home=home), encoding="utf-8")
-    recipe = load_recipe(str(path)).recipe
-    peers = start_process_group(World(), torch.device("cpu"))
-    model = build_model(recipe.model, inputs_of(recipe))
-    engine = start_engine(model, recipe, peers.world)
-    state = TrainState(engine, None)
-
-    def numbers(kind: str, fragment: Fragment) -> torch.Tensor:
-        return torch.full((fragment.count,), float(len(kind)))
-
-    state.restore(numbers, {"weight", "exp_avg", "exp_avg_sq"}, 1)
-    savers = {mode: Saver(home / mode, peers, mode) for mode in ("sync", "async")}
-    saves: dict[str, list[dict[str, float]]] = {"sync": [], "async": []}
-    for step in range(1, rounds + 1):
-        for mode, saver in savers.items():
-            saver.start(step, engine.module, state, {"plan": ""})
-            while saver.in_flight:
-                time.sleep(STEP_SECONDS)
-                saver.advance(*peers.highest(saver.flags()))
-            (saved,) = saver.take_news()
-            saves[mode].append({"stall_s": round(saved.stall, 3), "save_s": round(saved.seconds, 3)})
-            if step > 1:
-                shutil.rmtree(home / mode / "checkpoints" / f"step-{step - 1:08d}")
+    peers, engine, state = started(home, width, depth)
+    saves = saved(home, rounds, peers, engine, state)
     folder = home / "async" / "checkpoints" / f"step-{rounds:08d}"
     began = time.perf_counter()
     problems = verify(folder)
     verified = time.perf_counter()
     reader = CheckpointReader(folder)
-    reader.load_into(model)
+    reader.load_into(engine.module)
     state.restore(reader.read, reader.kinds, 1)
     restored = time.perf_counter()
     assert not problems
     return {
         "command": f"python -m benchmarks.checkpoint --width {width} --depth {depth} --rounds {rounds}",
-        "machine": {
-            "cpu": cpu_name(),
-            "cores": os.cpu_count(),
-            "load": round(os.getloadavg()[0], 1),
-            "note": "shared with other work: figures of one run may be compared, others not",
-        },
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "machine": describe_machine(),
+        "parameters": sum(parameter.numel() for parameter in engine.module.parameters()),
         "bytes": sum(file.stat().st_size for file in folder.iterdir()),
         "kinds": sorted(reader.kinds),
         "saves": saves,
@@ -118,6 +86,52 @@ def measure(home: Path, width: int, depth: int, rounds: int) -> dict[str, Any]:
         "load_s": round(restored - verified, 3),
         "consolidate": consolidated(folder, home / "all.safetensors"),
     }
+
+
+def started(home: Path, width: int, depth: int) -> tuple[Peers, Any, TrainState]:
+    """One rank's engine with its model, and Adam's moments filled with numbers."""
+    import torch
+
+    from framework.models.registry import build_model, inputs_of
+    from framework.recipe import load_recipe
+    from framework.training.distributed import start_process_group
+    from framework.training.engine import start_engine
+    from framework.training.state import TrainState
+    from framework.world import World
+
+    path = home / "big.yaml"
+    path.write_text(RECIPE.format(width=width, depth=depth, mlp=4 * width, home=home), encoding="utf-8")
+    recipe = load_recipe(str(path)).recipe
+    peers = start_process_group(World(), torch.device("cpu"))
+    engine = start_engine(build_model(recipe.model, inputs_of(recipe)), recipe, peers.world)
+    state = TrainState(engine, None)
+
+    def numbers(kind: str, fragment: Fragment) -> torch.Tensor:
+        return torch.full((fragment.count,), float(len(kind)))
+
+    state.restore(numbers, {"weight", "exp_avg", "exp_avg_sq"}, 1)
+    return peers, engine, state
+
+
+def saved(
+    home: Path, rounds: int, peers: Peers, engine: Any, state: TrainState
+) -> dict[str, list[dict[str, float]]]:
+    """Seconds of every save, and of standing still for it; both kinds by turns, the last of each stays."""
+    from framework.training.saver import Saver
+
+    savers = {mode: Saver(home / mode, peers, mode) for mode in ("sync", "async")}
+    saves: dict[str, list[dict[str, float]]] = {"sync": [], "async": []}
+    for step in range(1, rounds + 1):
+        for mode, saver in savers.items():
+            saver.start(step, engine.module, state, {"plan": ""})
+            while saver.in_flight:
+                time.sleep(STEP_SECONDS)
+                saver.advance(*peers.highest(saver.flags()))
+            (done,) = saver.take_news()
+            saves[mode].append({"stall_s": round(done.stall, 3), "save_s": round(done.seconds, 3)})
+            if step > 1:
+                shutil.rmtree(home / mode / "checkpoints" / f"step-{step - 1:08d}")
+    return saves
 
 
 def consolidated(folder: Path, target: Path) -> dict[str, Any]:
@@ -138,12 +152,6 @@ def consolidated(folder: Path, target: Path) -> dict[str, Any]:
         seconds = time.perf_counter() - began
     size = target.stat().st_size
     return {"seconds": round(seconds, 3), "bytes": size, "memory_bytes": peaks[1] - peaks[0]}
-
-
-def cpu_name() -> str:
-    """The processor's name as Linux gives it."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.machine())
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,8 @@ import pyarrow
 from benchmarks.machine import describe_machine
 from framework.data.manifest import SAMPLES_NAME, DatasetInfo, Manifest, ShardInfo
 from framework.data.manifest_writer import write_manifest
-from framework.data.sources import build_plan, open_sources
+from framework.data.plan import Plan
+from framework.data.sources import OpenSource, build_plan, open_sources
 from framework.files import hash_file
 from framework.recipe.schema import Recipe
 
@@ -118,35 +119,15 @@ def measure(folder: Path, mixed: bool, touched: int, report: Any) -> None:
     first_step = timed(lambda: plan.step(0))
     after = own_memory()
     rng = numpy.random.default_rng(0)
-    seconds = []
-    for name, source in sources.items():
-        for index in rng.integers(0, len(source), touched // len(sources)).tolist():
-            start = time.process_time()
-            assert source.manifest.sample(int(source.selection[index])).dataset == name
-            seconds.append(time.process_time() - start)
-    rank = {
-        "open_s": opened,
-        "sources_s": ready,
-        "first_step_s": first_step,
-        "own_mb": (after - before) / 1e6,
-    }
-    worker, theirs = multiprocessing.get_context("fork").Pipe(duplex=False)
-    if os.fork() == 0:  # a data worker: forked after the sources were opened
-        start = own_memory()
-        for source in sources.values():
-            for index in rng.integers(0, len(source), touched // len(sources)).tolist():
-                source.manifest.sample(int(source.selection[index]))
-        for step in range(50):
-            plan.share(step, rank=3, world=8, micro=0, accumulation=1)
-        theirs.send((own_memory() - start) / 1e6)
-        os._exit(0)
-    in_worker = worker.recv()
-    os.wait()
+    seconds = list(entries_read(sources, rng, touched))
     first, rest = seconds[:1000], seconds[-1000:]
     report.send(
         {
-            **rank,
-            "worker_own_mb": in_worker,
+            "open_s": opened,
+            "sources_s": ready,
+            "first_step_s": first_step,
+            "own_mb": (after - before) / 1e6,
+            "worker_own_mb": memory_of_a_worker(sources, plan, rng, touched),
             "samples_ms": {
                 "mean": 1e3 * statistics.fmean(first),
                 "worst": 1e3 * max(seconds),
@@ -154,6 +135,35 @@ def measure(folder: Path, mixed: bool, touched: int, report: Any) -> None:
             },
         }
     )
+
+
+def entries_read(
+    sources: Mapping[str, OpenSource], rng: numpy.random.Generator, touched: int
+) -> Iterator[float]:
+    """Read the entries of so many samples, drawn from all sources; processor seconds of each."""
+    for name, source in sources.items():
+        for index in rng.integers(0, len(source), touched // len(sources)).tolist():
+            start = time.process_time()
+            assert source.manifest.sample(int(source.selection[index])).dataset == name
+            yield time.process_time() - start
+
+
+def memory_of_a_worker(
+    sources: Mapping[str, OpenSource], plan: Plan, rng: numpy.random.Generator, touched: int
+) -> float:
+    """Megabytes that a data worker, forked after the sources were opened, comes to have for itself."""
+    mine, theirs = multiprocessing.get_context("fork").Pipe(duplex=False)
+    if os.fork() == 0:
+        start = own_memory()
+        for _ in entries_read(sources, rng, touched):
+            pass
+        for step in range(50):
+            plan.share(step, rank=3, world=8, micro=0, accumulation=1)
+        theirs.send((own_memory() - start) / 1e6)
+        os._exit(0)
+    found = mine.recv()
+    os.wait()
+    return found
 
 
 def measured(folder: Path, mixed: bool, touched: int) -> dict[str, Any]:

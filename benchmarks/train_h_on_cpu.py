@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import signal
 import subprocess
 import sys
@@ -24,6 +23,8 @@ from typing import Any
 
 import numpy as np
 import psutil
+
+from benchmarks.machine import describe_machine
 
 GIB = 2**30
 CLIPS, IMAGES = 4, 4
@@ -96,8 +97,7 @@ def measure(run: Path, shards: Path) -> dict[str, Any]:
     return {
         "command": "tubeworks " + " ".join(command).replace(str(run.parent), "DIR"),
         "machine": {
-            "cpu": cpu_name(),
-            "cores": os.cpu_count(),
+            **describe_machine(),
             "memory_gib": round(psutil.virtual_memory().total / GIB, 1),
         },
         "loss_by_step": losses,
@@ -169,12 +169,6 @@ def proportional_bytes(pid: int) -> int:
 def tubeworks(*arguments: str) -> subprocess.Popen[bytes]:
     """Start a command in a process group of its own."""
     return subprocess.Popen([sys.executable, "-m", "launch.cli", *arguments], start_new_session=True)
-
-
-def cpu_name() -> str:
-    """The processor's name as Linux gives it."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.machine())
 
 
 if __name__ == "__main__":
