@@ -54,8 +54,8 @@ class Pages:
         return done.stdout
 
     def document(self, page: str, awaited: str) -> str:
-        """The page's elements once it shows `awaited`."""
-        for _ in range(3):
+        """The page's elements once they have `awaited`, a pattern: a busy browser gives up early at times."""
+        for _ in range(6):
             found = self._browse(page, "--dump-dom")
             if re.search(awaited, found):
                 break
@@ -103,9 +103,10 @@ def test_overview_shows_name_description_metrics_and_parameters(pages: Pages) ->
 
 
 def test_curves_are_drawn(pages: Pages) -> None:
-    document = pages.document("/model-metrics", "js-line")
+    line = r'class="js-line" d="([^"]+)"'
+    document = pages.document("/model-metrics", line)
     assert "train" in document
-    corners = [line.count(",") for line in re.findall(r'class="js-line" d="([^"]+)"', document)]
+    corners = [points.count(",") for points in re.findall(line, document)]
     assert corners, "the chart of the loss has a curve"
     assert max(corners) > 20, "and it is bent"
     assert pages.screenshot("/model-metrics", "curves.png").size == (1600, 1400)
