@@ -129,7 +129,7 @@ def _source(recipe: Recipe | None, dataset: DatasetInfo, folder: str | Path) -> 
         clip = _CLIP if dataset.kind == "video" else None
         known = {"path": str(folder), "kind": dataset.kind, "classes": max(1, len(dataset.classes))}
         return Source.model_validate({**known, "clip": clip})
-    of_kind = {name: s for name, s in recipe.data.sources.items() if s.kind == dataset.kind}
+    of_kind = {name: s for name, s in recipe.data.sources.items() if s.media == dataset.kind}
     for name, source in of_kind.items():
         if dataset.name in (name, source.dataset) or len(of_kind) == 1:
             return source

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from data_tools.importers.charades import charades_rows
 from data_tools.importers.classes import read_classes
 from data_tools.importers.epic import epic_rows
-from data_tools.importers.kinetics import kinetics_rows
+from data_tools.importers.imagenet import kaggle_rows
+from data_tools.importers.kinetics import SPLIT_NAMES, kinetics_rows
 from data_tools.importers.moments import moments_rows
 from data_tools.importers.something import something_rows
 from data_tools.items import clean_stem
@@ -23,7 +24,6 @@ from framework.wording import counted
 __all__ = ["Coverage", "class_problems", "coverage_of", "official_list"]
 
 _HASHED = re.compile(r"-[0-9a-f]{10}$")
-_SPLITS = {"validate": "val", "validation": "val", "valid": "val", "training": "train", "testing": "test"}
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def official_list(path: Path, split: str) -> Mapping[str, str | None]:
     if {"id", "actions"} <= columns:
         return dict.fromkeys(charades_rows(path, 1000))
     if {"ImageId", "PredictionString"} <= columns:
-        return dict(_kaggle(path))
+        return dict(kaggle_rows(path))
     return {name.rsplit(".", 1)[0]: label for name, label in moments_rows(path).items()}
 
 
@@ -91,20 +91,13 @@ def _first(path: Path, ways: Sequence[Callable[[], Mapping[str, str | None]]]) -
 
 def _kinetics(path: Path, split: str) -> dict[str, str | None]:
     rows = kinetics_rows(path)
-    wanted = _SPLITS.get(split, split)
-    return {
-        row.stem: row.label for row in rows if not row.split or _SPLITS.get(row.split, row.split) == wanted
-    }
+    wanted = SPLIT_NAMES.get(split, split)
+    mine = (row for row in rows if not row.split or SPLIT_NAMES.get(row.split, row.split) == wanted)
+    return {row.stem: row.label for row in mine}
 
 
 def _something(path: Path) -> dict[str, str | None]:
     return {row.name: row.class_name for row in something_rows(path)}
-
-
-def _kaggle(path: Path) -> Iterator[tuple[str, str | None]]:
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        for row in csv.DictReader(file):
-            yield row["ImageId"], next(iter((row["PredictionString"] or "").split()), None)
 
 
 def coverage_of(manifest: Manifest, dataset: DatasetInfo, official: Mapping[str, str | None]) -> Coverage:

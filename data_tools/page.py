@@ -14,6 +14,7 @@ import numpy
 from PIL import Image, ImageDraw
 
 from data_tools.inspecting import inspect_shards, inspection_text
+from framework.data.datasets import class_names
 from framework.data.image import decode_image
 from framework.data.manifest import Manifest, SampleInfo
 from framework.data.shards import ShardReader
@@ -93,8 +94,9 @@ def _charts(manifest: Manifest, described: Mapping[str, Any], chosen: numpy.ndar
         values |= {"duration, s": frames / numpy.where(fps > 0, fps, numpy.inf), "rate, frames/s": fps}
     for title, column in values.items():
         yield _histogram(title, numpy.asarray(column, numpy.float64))
-    if isinstance(described.get("classes"), Mapping) and described["classes"]:
-        yield _class_bars(described["classes"])
+    for head, classes in {"classes": described["classes"], **described.get("heads", {})}.items():
+        if classes:
+            yield _class_bars(head, classes)
 
 
 def _histogram(title: str, values: numpy.ndarray) -> str:
@@ -120,7 +122,7 @@ def _histogram(title: str, values: numpy.ndarray) -> str:
     )
 
 
-def _class_bars(classes: Mapping[str, int]) -> str:
+def _class_bars(title: str, classes: Mapping[str, int]) -> str:
     """Bars of the largest classes, then of the smallest if there are too many for one chart."""
     ranked = sorted(classes.items(), key=lambda item: (-item[1], item[0]))
     shown = ranked if len(ranked) <= _CLASSES else [*ranked[: _CLASSES // 2], *ranked[-_CLASSES // 2 :]]
@@ -136,7 +138,7 @@ def _class_bars(classes: Mapping[str, int]) -> str:
     )
     return (
         f'<figure><svg width="450" height="{15 * len(shown) + 4}">{rows}</svg>'
-        f"<figcaption>classes: {which}</figcaption></figure>"
+        f"<figcaption>{html.escape(title)}: {which}</figcaption></figure>"
     )
 
 
@@ -152,9 +154,9 @@ def _sheet(manifest: Manifest, chosen: numpy.ndarray) -> Iterator[str]:
     places = numpy.unique(numpy.linspace(0, len(chosen) - 1, min(_SHEET, len(chosen))).round().astype(int))
     for place in chosen[places].tolist():
         sample = manifest.sample(place)
-        names = manifest.dataset(sample.dataset).classes
-        label = names[sample.label] if 0 <= sample.label < len(names) else ""
-        title = f"{sample.key} {label}"
+        chosen_classes = sample.targets or ((sample.label,) if sample.label >= 0 else ())
+        names = class_names(manifest.dataset(sample.dataset), chosen_classes)
+        title = " ".join([sample.key, ", ".join(names)])
         try:
             yield figure_of(title, picture_of(reader, sample))
         except (CorruptSample, Undecodable) as error:

@@ -28,7 +28,7 @@ from data_tools.items import Collection, Entry, Failure, kind_of_suffix
 from data_tools.readers import FileReader, MemberReader, display
 from framework.errors import DataError
 
-__all__ = ["collect_imagenet"]
+__all__ = ["collect_imagenet", "kaggle_rows"]
 
 _SYNSET = re.compile(r"n\d{8}")
 
@@ -129,13 +129,33 @@ def _labels(path: Path, flat: Sequence[str]) -> Mapping[str, str]:
     except (OSError, UnicodeDecodeError, tarfile.TarError, KeyError, ValueError) as error:
         raise DataError(f"{path}: no list of labels can be read from it ({error}); check --labels") from error
     if lines and lines[0].replace(" ", "") == "ImageId,PredictionString":
-        return {row[0]: row[1].split()[0] for row in csv.reader(lines[1:])}
+        return {name: synset for name, synset in kaggle_rows(path) if synset}
     if bad := [line for line in lines if not _SYNSET.fullmatch(line)]:
         raise DataError(
             f"{path}: {bad[0]!r} is no synset such as n01440764; take LOC_val_solution.csv, a text file with"
             " a synset for each image, or ILSVRC2012_devkit_t12.tar.gz"
         )
     return _in_order(path, flat, lines)
+
+
+def kaggle_rows(path: Path) -> Iterator[tuple[str, str | None]]:
+    """Image and synset of each line of Kaggle's lists (`LOC_val_solution.csv`); None where none is named.
+
+    Of several objects in an image the first counts, as in the devkit. Raises DataError with file and line.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            rows = csv.reader(file, strict=True)
+            next(rows, None)
+            for row in rows:
+                if len(row) != 2:
+                    text = ",".join(row)
+                    raise DataError(
+                        f"{path}:{rows.line_num}: {text!r} is not `image,synset box …`; download it again"
+                    )
+                yield row[0], next(iter(row[1].split()), None)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{path}: cannot be read as CSV ({error}); check the path") from error
 
 
 def _in_order(path: Path, flat: Sequence[str], synsets: Sequence[str]) -> Mapping[str, str]:

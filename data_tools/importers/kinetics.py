@@ -15,10 +15,10 @@ from data_tools.importers.listed import Listed, add_listed, check_classes, read_
 from data_tools.items import Collection
 from framework.errors import DataError
 
-__all__ = ["collect_kinetics", "kinetics_rows"]
+__all__ = ["SPLIT_NAMES", "collect_kinetics", "kinetics_rows"]
 
 _REQUIRED = ("youtube_id", "time_start", "time_end")
-_SPLIT_NAMES = {
+SPLIT_NAMES = {
     "validate": "val",
     "validation": "val",
     "valid": "val",
@@ -110,8 +110,8 @@ def _rows_of_split(rows: Sequence[Row], split: str, annotations: Path) -> list[R
         if not rows:
             raise DataError(f"{annotations}: the list is empty")
         return list(rows)
-    wanted = _SPLIT_NAMES.get(split, split)
-    chosen = [row for row in rows if row.split and _SPLIT_NAMES.get(row.split, row.split) == wanted]
+    wanted = SPLIT_NAMES.get(split, split)
+    chosen = [row for row in rows if row.split and SPLIT_NAMES.get(row.split, row.split) == wanted]
     if not chosen:
         raise DataError(f"{annotations}: no clip of split {split!r}; there is {', '.join(present)}")
     return chosen

@@ -32,7 +32,17 @@ import torch
 
 from framework.errors import DataError
 
-__all__ = ["Closed", "Lent", "Memory", "offer", "receive", "send", "shared_memory"]
+__all__ = [
+    "CLOSE_ON_EXEC",
+    "MORE_DESCRIPTORS",
+    "Closed",
+    "Lent",
+    "Memory",
+    "offer",
+    "receive",
+    "send",
+    "shared_memory",
+]
 
 _HEAD = struct.Struct("<QII")  # bytes of the pickle, memories that tensors of the item lie in, and others
 _ENTRY = struct.Struct("<Q12s")  # size and name of a memory; these follow the head, in the descriptors' order
@@ -40,13 +50,15 @@ _MAX_DESCRIPTORS = 250  # Linux passes 253 at once
 _MAX_LENT = 250  # a process may have 1024 descriptors in all, where nobody raised the limit
 _NAME_BYTES = 12  # random, so that no two are ever taken for each other
 _POPULATE = 23  # madvise's MADV_POPULATE_WRITE, which Linux has since 5.14
-_CLOSE_ON_EXEC = getattr(socket, "MSG_CMSG_CLOEXEC", 0)  # programs that a rank starts inherit no descriptor
 _SHARED_FROM = 1 << 16  # larger tensors travel in shared memory, too: a socket would block its sender
 
-_MORE_DESCRIPTORS = (
+CLOSE_ON_EXEC = getattr(socket, "MSG_CMSG_CLOEXEC", 0)
+"""Programs that a rank starts inherit no descriptor that was received with this flag."""
+MORE_DESCRIPTORS = (
     "data workers pass on their pixels by file descriptors: raise the limit (`ulimit -n`), or lower "
     "data.workers or data.prefetch"
 )
+"""What helps where there are too few descriptors."""
 
 
 class Closed(Exception):
@@ -319,7 +331,7 @@ def send(connection: socket.socket, item: Any) -> None:
             connection.sendall(data)
         except OSError as error:
             if error.errno == errno.ETOOMANYREFS:  # all processes of the user count, against this one's limit
-                raise DataError(f"{error.strerror}: {_MORE_DESCRIPTORS}") from error
+                raise DataError(f"{error.strerror}: {MORE_DESCRIPTORS}") from error
             raise Closed(str(error)) from error
     finally:
         _let_go(memory for memory, _ in _taken.values() if memory not in pickler.filled)
@@ -341,7 +353,7 @@ def receive(connection: socket.socket, lent: Lent | None = None) -> Any:
         entries = _ENTRY.iter_unpack(_exactly(connection, (filled + others) * _ENTRY.size))
         data = _exactly(connection, length)
         if len(descriptors) != filled + others:  # the system leaves out those that there is no room for
-            raise DataError(f"{os.strerror(errno.EMFILE)}: {_MORE_DESCRIPTORS}")
+            raise DataError(f"{os.strerror(errno.EMFILE)}: {MORE_DESCRIPTORS}")
     except BaseException as error:
         for descriptor in descriptors:
             os.close(descriptor)
@@ -354,7 +366,7 @@ def receive(connection: socket.socket, lent: Lent | None = None) -> Any:
     try:
         tensors = _received(memories[:filled]) if lent is None else lent.came(memories[:filled])
     except RuntimeError as error:  # torch's, where it cannot map a file
-        raise DataError(f"{str(error).splitlines()[0]}: {_MORE_DESCRIPTORS}") from error
+        raise DataError(f"{str(error).splitlines()[0]}: {MORE_DESCRIPTORS}") from error
     return _Unpickler(data, tensors, memories[filled:]).load()
 
 
@@ -363,7 +375,7 @@ def _head(connection: socket.socket, descriptors: list[int]) -> bytes:
     head = b""
     while len(head) < _HEAD.size:
         part, more, _, _ = socket.recv_fds(
-            connection, _HEAD.size - len(head), _MAX_DESCRIPTORS, _CLOSE_ON_EXEC
+            connection, _HEAD.size - len(head), _MAX_DESCRIPTORS, CLOSE_ON_EXEC
         )
         descriptors += more
         if not part:

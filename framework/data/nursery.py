@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import gc
 import multiprocessing
 import os
@@ -25,7 +26,8 @@ from typing import Any
 import torch
 
 from framework.data import progress
-from framework.data.messages import Closed, offer, receive, send
+from framework.data.messages import CLOSE_ON_EXEC, MORE_DESCRIPTORS, Closed, offer, receive, send
+from framework.errors import DataError
 
 __all__ = ["Nursery", "leave_signals_to_the_rank", "worker_memory"]
 
@@ -62,13 +64,16 @@ class Nursery:
 
         Errors:
             Closed: the nursery is gone.
+            DataError: this process has too few descriptors.
         """
         try:
             self._control.sendall(_COMMAND.pack(b"S", slot))
-            data, descriptors, _, _ = socket.recv_fds(self._control, _ANSWER.size, 1)
+            data, descriptors, _, _ = socket.recv_fds(self._control, _ANSWER.size, 1, CLOSE_ON_EXEC)
             pid, _ = _ANSWER.unpack(data)
         except (OSError, struct.error) as error:
             raise Closed(str(error)) from error
+        if not descriptors:  # the system leaves out those that there is no room for
+            raise DataError(f"{os.strerror(errno.EMFILE)}: {MORE_DESCRIPTORS}")
         return pid, socket.socket(fileno=descriptors[0])
 
     def reap(self, pid: int) -> int | None:

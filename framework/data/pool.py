@@ -148,8 +148,8 @@ def pixel_memory(shape: Sequence[int]) -> torch.Tensor:
     except (RuntimeError, OSError, OverflowError, ValueError) as error:
         text = " x ".join(map(str, shape))
         raise DataError(
-            f"no memory for pixels of {text} bytes ({size / 1e6:.1f} MB: batch x 3 x frames x height x "
-            f"width; {_first_line(error)}): lower the mixture, evaluation.batch, data.workers, "
+            f"no memory for pixels of {text} bytes ({size / 1e6:.1f} MB: batch [x views] x frames x "
+            f"height x width x 3; {_first_line(error)}): lower the mixture, evaluation.batch, data.workers, "
             "data.prefetch, or a source's size and clip.frames, or raise train.accumulation"
         ) from error
 

@@ -116,7 +116,7 @@ def _longest(described: Mapping[str, Any]) -> int:
 
 def _decode_ms(source: Source) -> float:
     """An estimate for a sample with all its views, of which nothing is taken to be shared."""
-    if source.kind == "image":
+    if source.media == "image":
         return DECODE_MS["image"] * source.repeats
     frame = DECODE_MS["frame"] + (DECODE_MS["frame_randaugment"] if source.augment.randaugment else 0)
     return frame * source.frames * source.repeats

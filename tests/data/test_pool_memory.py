@@ -1,4 +1,4 @@
-"""Promises of memory that workers share with their rank: mapped once, never written under a reader, bounded."""
+"""Promises of the memory that workers share with their rank: mapped once, bounded, never overwritten."""
 
 from __future__ import annotations
 

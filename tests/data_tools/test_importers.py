@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -118,6 +119,10 @@ def test_charades_is_multi_label_and_can_be_cut(tubeworks: Shards, tmp_path: Pat
     assert (manifest.datasets[0].target, manifest.datasets[0].classes) == ("multi", ("Sit", "Hold", "Laugh"))
     told = {key: about(tmp_path / "whole", sample) for key, sample in samples(tmp_path / "whole").items()}
     assert {key: row["targets"] for key, row in told.items()} == {"AAAAA": [1, 2], "BBBBB": []}
+    tubeworks("inspect", tmp_path / "whole", "--html", tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    captions = re.findall("</p><figcaption>([^<]*)|<img [^>]*><figcaption>([^<]*)", page)
+    assert sorted(map("".join, captions)) == ["charades/AAAAA Hold, Laugh", "charades/BBBBB "]
     assert told["AAAAA"]["actions"] == [["Hold", 0.5, 1.5], ["Laugh", 0.9, 2.0]]
 
     refused = tubeworks(*arguments, "--segments", "--out", tmp_path / "cut")
@@ -175,6 +180,10 @@ def test_epic_kitchens_has_clips_of_its_segments_with_verb_and_noun(
     told = about(out, made["P01_01_1"])
     assert (told["targets"], told["text"], told["segment"]) == ([0, 2], "take cup", [2.35, 3.05])
     assert (out / "epic.noun.classes.txt").read_text() == "door\npan\ncup\n"
+    tubeworks("inspect", out, "--html", tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert "take, cup</figcaption>" in page
+    assert all(f"<figcaption>{head}: all</figcaption>" in page for head in ("verb", "noun"))
 
 
 def test_moments_in_time(tubeworks: Shards, make_video: Callable[..., bytes], tmp_path: Path) -> None:
@@ -242,10 +251,14 @@ def test_flat_validation_images_get_their_classes_from_a_list(
         assert done.code == 0, done.stderr
         made = samples(out)
         assert (made["ILSVRC2012_val_00000001"].label, made["ILSVRC2012_val_00000002"].label) == (1, 0)
-    done = tubeworks(
-        "shard", "imagenet", "--input", root / "val.tar", "--split", "val", "--out", tmp_path / "x"
-    )
+    flat = ("shard", "imagenet", "--input", root / "val.tar", "--split", "val", "--out", tmp_path / "x")
+    done = tubeworks(*flat)
     assert (done.code, "flat images need --labels" in done.stderr) == (3, True)
+    (root / "LOC.csv").write_text(kaggle.replace(",n00000005 1 2 3 4 ", ""))
+    done = tubeworks(*flat, "--labels", root / "LOC.csv")
+    assert (done.code, f"{root / 'LOC.csv'}:3: 'ILSVRC2012_val_00000001' is not" in done.stderr) == (3, True)
+    done = tubeworks("verify", tmp_path / "out-LOC.csv", "--official", root / "LOC.csv")
+    assert (done.code, f"{root / 'LOC.csv'}:3:" in done.stderr) == (3, True)
 
 
 @pytest.mark.parametrize("form", ["csv", "parquet", "tsv"])

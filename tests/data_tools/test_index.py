@@ -242,3 +242,20 @@ def test_bench_says_what_shards_cost(tubeworks: Shards, kinetics_shards: tuple[P
         assert row["memory_mb"] > 0
     text = tubeworks("bench", folder, "--samples", 1).stdout
     assert "cores for a GPU are not known" in text
+
+
+def test_bench_measures_stills_of_a_video_data_set(
+    tubeworks: Shards, kinetics_shards: tuple[Path, Path], tmp_path: Path
+) -> None:
+    folder, _ = kinetics_shards
+    classes = len(Manifest.open(folder).datasets[0].classes)
+    source = f"{{path: {folder}, kind: image, still: center, classes: {classes}, size: 32}}"
+    data = f"{{sources: {{frames: {source}}}, mixture: {{frames: 4}}}}"
+    recipe = tmp_path / "stills.yaml"
+    recipe.write_text(
+        f"name: stills\nmodel: {{name: vit_ti}}\ndata: {data}\n"
+        "optimizer: {lr: 1e-3}\ntrain: {steps: 10}\n"
+    )
+    done = tubeworks("bench", folder, recipe, "--samples", 1, "--samples-per-second", 9, "--json")
+    assert done.code == 0, done.stderr
+    assert done.json["rows"][0]["cpu_ms"] > 0
