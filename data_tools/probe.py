@@ -16,21 +16,22 @@ import logging
 import math
 import warnings
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import cast
+from typing import BinaryIO, cast
 
 import av
 import av.error
 from av.container import InputContainer
-from av.stream import Disposition
 from av.video.stream import VideoStream
 from PIL import Image
 
 from data_tools.readers import Unusable
-from framework.data.limits import CONTAINER_OPTIONS, IMAGE_FORMATS, MAX_FRAME_SIDE, MAX_IMAGE_PIXELS
+from framework.data.limits import IMAGE_FORMATS, MAX_IMAGE_PIXELS
 from framework.data.manifest import Kind
+from framework.data.video import NoContainer, Undecodable, check_frame_size, open_video
 
-__all__ = ["Media", "WholeVideo", "describe_unknown", "probe", "video_stream"]
+__all__ = ["Media", "WholeVideo", "open_source", "probe"]
 
 _TOLERANCE = 0.02
 logging.getLogger("PIL").setLevel(logging.CRITICAL)  # what is wrong with a file goes to the report
@@ -93,7 +94,7 @@ def _probe_image(data: bytes) -> Media:
     except Image.DecompressionBombError as error:
         raise Unusable(f"too large: {error}") from error
     except Image.UnidentifiedImageError as error:
-        raise Unusable(describe_unknown(data, "image")) from error
+        raise Unusable(_describe_unknown(data, "image")) from error
     except (OSError, SyntaxError, ValueError, EOFError) as error:
         what = "truncated" if "truncated" in str(error) else "damaged"
         raise Unusable(f"{what}: {error}") from error
@@ -101,24 +102,35 @@ def _probe_image(data: bytes) -> Media:
 
 
 def _probe_video(data: bytes, suffix: str) -> Media:
-    try:
-        container = av.open(io.BytesIO(data), "r", metadata_errors="ignore", options=dict(CONTAINER_OPTIONS))
-    except (av.error.FFmpegError, ValueError) as error:
-        raise Unusable(describe_unknown(data, "video")) from error
-    with container:
-        video = WholeVideo(container)
+    with open_source(io.BytesIO(data)) as (container, stream):
+        video = WholeVideo(container, stream)
         for _ in video.frames():
             pass
         width, height = video.size
         return Media(width, height, video.count, video.fps, tuple(video.keyframes), suffix)
 
 
+@contextmanager
+def open_source(file: BinaryIO) -> Iterator[tuple[InputContainer, VideoStream]]:
+    """A video and its stream, on one thread; Unusable with the reason if there is none to be decoded."""
+    with ExitStack() as stack:
+        try:
+            container, stream = stack.enter_context(open_video(file))
+        except NoContainer as error:
+            file.seek(0)
+            raise Unusable(_describe_unknown(file.read(512), "video")) from error
+        except Undecodable as error:
+            raise Unusable(str(error)) from error
+        stream.codec_context.thread_count = 1  # many workers, one thread each; some decoders have their own
+        yield container, stream
+
+
 class WholeVideo:
     """All frames of an open video, and whether they are as many as the container claims."""
 
-    def __init__(self, container: InputContainer) -> None:
+    def __init__(self, container: InputContainer, stream: VideoStream) -> None:
         self._container = container
-        self.stream = video_stream(container)
+        self._stream = stream
         self._seen = _Seen()
 
     @property
@@ -139,11 +151,11 @@ class WholeVideo:
     @property
     def fps(self) -> float:
         """Mean rate of the frames so far."""
-        return _fps(self.stream, self._seen)
+        return _fps(self._stream, self._seen)
 
     def frames(self) -> Iterator[av.VideoFrame]:
         """Every frame; raises Unusable where it turns out that the video is not whole."""
-        container, stream, seen = self._container, self.stream, self._seen
+        container, stream, seen = self._container, self._stream, self._seen
         try:
             yield from _decode_all(container, stream, seen)
         except (av.error.FFmpegError, ValueError) as error:
@@ -153,26 +165,6 @@ class WholeVideo:
                 f"truncated or damaged: {seen.frames}{claimed} frames decode ({detail})"
             ) from error
         _check_complete(container, stream, seen)
-
-
-def video_stream(container: InputContainer) -> VideoStream:
-    """The video stream of a container, on one thread; Unusable if there is none that can be decoded."""
-    streams = container.streams.video
-    if not streams or streams[0].disposition & Disposition.attached_pic:
-        other = "audio only" if container.streams.audio else "no video stream"
-        raise Unusable(f"no video in it ({other})")
-    stream = streams[0]
-    context = stream.codec_context
-    if context is None:
-        raise Unusable("its codec is not known to this FFmpeg")
-    _check_side(context.width, context.height)
-    context.thread_count = 1  # many workers, one thread each; and frame threads dead-lock
-    return stream
-
-
-def _check_side(width: int, height: int) -> None:
-    if max(width, height) > MAX_FRAME_SIDE:
-        raise Unusable(f"frames too large: {width}x{height}, at most {MAX_FRAME_SIDE} a side are allowed")
 
 
 def _decode_all(container: InputContainer, stream: VideoStream, seen: _Seen) -> Iterator[av.VideoFrame]:
@@ -186,7 +178,7 @@ def _decode_all(container: InputContainer, stream: VideoStream, seen: _Seen) -> 
         for frame in cast("list[av.VideoFrame]", packet.decode()):
             size = (frame.width, frame.height)
             if seen.frames == 0:
-                _check_side(*size)
+                _check_size(*size)
                 seen.size, seen.first = size, frame.time
             elif size != seen.size:
                 raise Unusable(
@@ -199,6 +191,14 @@ def _decode_all(container: InputContainer, stream: VideoStream, seen: _Seen) -> 
             seen.last = frame.time
             seen.frames += 1
             yield frame
+
+
+def _check_size(width: int, height: int) -> None:
+    """Of frames as they come out: the container may have said something smaller."""
+    try:
+        check_frame_size(width, height)
+    except Undecodable as error:
+        raise Unusable(str(error)) from error
 
 
 def _check_complete(container: InputContainer, stream: VideoStream, seen: _Seen) -> None:
@@ -235,7 +235,7 @@ def _fps(stream: VideoStream, seen: _Seen) -> float:
     return float(stream.average_rate or 0)
 
 
-def describe_unknown(data: bytes, kind: Kind) -> str:
+def _describe_unknown(data: bytes, kind: Kind) -> str:
     """Why a file did not even open, guessed from its first bytes."""
     head = data[:512].lstrip().lower()
     if head.startswith((b"<!doctype html", b"<html")):

@@ -21,6 +21,7 @@ import numpy
 from data_tools.items import Collection, Entry, inventory
 from data_tools.report import ShardReport
 from data_tools.sharding import ShardOptions, shard
+from data_tools.transcode import add_h264_stream
 from framework.errors import DataError
 
 __all__ = ["DIRECTIONS", "DigitPicture", "MotionClip", "SynthOptions", "synthesize"]
@@ -226,7 +227,6 @@ def _enlarge(pixels: bytes, side: int) -> numpy.ndarray:
 def _encode_video(frames: numpy.ndarray) -> bytes:
     """H.264 in mp4, one thread and no B-frames: equal frames give equal bytes."""
     import av
-    from av.codec.codec import UnknownCodecError
 
     buffer = io.BytesIO()
     height, width = frames.shape[1:]
@@ -239,12 +239,7 @@ def _encode_video(frames: numpy.ndarray) -> bytes:
         "x264-params": "threads=1:no-mbtree=1",
     }
     with av.open(buffer, "w", format="mp4") as container:
-        try:
-            stream = container.add_stream("libx264", rate=Fraction(_FPS), options=settings)
-        except UnknownCodecError as error:
-            raise DataError(
-                "this PyAV has no H.264 encoder (libx264): install the wheel from PyPI"
-            ) from error
+        stream = add_h264_stream(container, Fraction(_FPS), settings)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         stream.codec_context.thread_count = 1
         for frame in frames:

@@ -9,23 +9,24 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator
 from fractions import Fraction
-from typing import Any, BinaryIO, cast
+from typing import Any, cast
 
 import av
 import av.error
 import av.filter
-from av.container import InputContainer
+from av.codec.codec import UnknownCodecError
+from av.container import InputContainer, OutputContainer
 from av.video.stream import VideoStream
 from PIL import Image
 
 from data_tools.presets import Preset
-from data_tools.probe import Media, WholeVideo, describe_unknown, probe, video_stream
+from data_tools.probe import Media, WholeVideo, open_source, probe
 from data_tools.readers import Reader, Unusable
 from framework.data.image import decode_image
-from framework.data.limits import CONTAINER_OPTIONS
 from framework.data.video import Undecodable
+from framework.errors import DataError
 
-__all__ = ["transcode_image", "transcode_video"]
+__all__ = ["add_h264_stream", "transcode_image", "transcode_video"]
 
 _REPEATABLE = "threads=1:open-gop=0:no-mbtree=1"
 """x264's macroblock tree makes other bytes of the same frames now and then, so it is off."""
@@ -62,32 +63,36 @@ def transcode_video(
 ) -> tuple[bytes, Media]:
     """The video, or those of its frames whose time is in `segment` (seconds, the end not included), encoded.
 
-    Raises Unusable for what does not decode, for a truncated source, and for a segment without frames.
+    Raises Unusable for what does not decode, for a truncated source, and for a segment without frames;
+    DataError where this PyAV cannot encode.
     """
     if preset.keeps_bytes:
         raise ValueError("the preset `archive` encodes nothing")
     if not reader.size:
         raise Unusable("empty file (0 bytes)")
-    with reader.open() as file, _open(file) as source:
-        frames = _whole(source) if segment is None else _cut(source, segment)
+    with reader.open() as file, open_source(file) as (source, stream):
+        frames = _decoded(source, stream, segment)
+        if preset.fps and float(stream.average_rate or 0) > preset.fps + 0.01:
+            frames = _thin(frames, preset.fps)
         try:
-            stream = video_stream(source)
-            if preset.fps and float(stream.average_rate or 0) > preset.fps + 0.01:
-                frames = _thin(frames, preset.fps)
             encoded = _encode(frames, stream, preset)
         except (av.error.FFmpegError, ValueError) as error:
-            raise Unusable(f"truncated or damaged: {error}") from error
+            raise Unusable(f"decodes, but its frames cannot be encoded as H.264: {error}") from error
         if encoded is None:
             raise Unusable(_without_frames(source, segment))
     return encoded, probe(encoded, "video", "mp4")
 
 
-def _open(file: BinaryIO) -> InputContainer:
+def add_h264_stream(target: OutputContainer, rate: Fraction | int, settings: dict[str, str]) -> VideoStream:
+    """A stream of H.264 in a file that is written.
+
+    Errors:
+        DataError: this PyAV has no encoder for it.
+    """
     try:
-        return av.open(file, "r", metadata_errors="ignore", options=dict(CONTAINER_OPTIONS))
-    except (av.error.FFmpegError, ValueError) as error:
-        file.seek(0)
-        raise Unusable(describe_unknown(file.read(512), "video")) from error
+        return target.add_stream("libx264", rate=rate, options=settings)
+    except UnknownCodecError as error:
+        raise DataError("this PyAV has no H.264 encoder (libx264): install the wheel from PyPI") from error
 
 
 def _without_frames(source: InputContainer, segment: tuple[float, float] | None) -> str:
@@ -101,9 +106,17 @@ Timed = tuple[av.VideoFrame, float]
 """A frame and its time in seconds from the start of the video."""
 
 
-def _whole(source: InputContainer) -> Iterator[Timed]:
-    video = WholeVideo(source)
-    yield from _timed(source, video.stream, video.frames())
+def _decoded(
+    source: InputContainer, stream: VideoStream, segment: tuple[float, float] | None
+) -> Iterator[Timed]:
+    """All frames, or those of a segment; Unusable where they do not decode."""
+    try:
+        if segment is None:
+            yield from _timed(source, stream, WholeVideo(source, stream).frames())
+        else:
+            yield from _cut(source, stream, segment)
+    except (av.error.FFmpegError, ValueError) as error:
+        raise Unusable(f"truncated or damaged: {error}") from error
 
 
 def _timed(source: InputContainer, stream: VideoStream, frames: Iterator[av.VideoFrame]) -> Iterator[Timed]:
@@ -119,9 +132,8 @@ def _tells_times(source: InputContainer) -> bool:
     return source.format.name != "avi"
 
 
-def _cut(source: InputContainer, segment: tuple[float, float]) -> Iterator[Timed]:
+def _cut(source: InputContainer, stream: VideoStream, segment: tuple[float, float]) -> Iterator[Timed]:
     """Frames of a segment; decoding starts at the key frame before it and ends with it."""
-    stream = video_stream(source)
     start, end = segment
     if start > 1 and _tells_times(source):
         base = cast(Fraction, stream.time_base)
@@ -173,7 +185,7 @@ def _chain(first: Timed, rest: Iterator[Timed]) -> Iterator[Timed]:
 
 
 def _output(
-    target: Any, source: VideoStream, scaler: _Scaler, frame: av.VideoFrame, preset: Preset
+    target: OutputContainer, source: VideoStream, scaler: _Scaler, frame: av.VideoFrame, preset: Preset
 ) -> VideoStream:
     """The stream that is written: sizes, colours and x264's settings."""
     tune = {"tune": "fastdecode"} if preset.fastdecode else {}
@@ -181,7 +193,7 @@ def _output(
         "preset": "medium", "crf": str(preset.crf), "g": str(preset.gop), "bf": "0",
         "x264-params": _REPEATABLE, "flags": "+bitexact+cgop", **tune,
     }  # fmt: skip
-    output = target.add_stream("libx264", rate=source.average_rate or 25, options=settings)
+    output = add_h264_stream(target, source.average_rate or 25, settings)
     output.width, output.height = scaler.size
     output.pix_fmt = "yuv420p"
     context = output.codec_context

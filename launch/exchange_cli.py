@@ -10,6 +10,7 @@ from typing import Annotated, Any, Optional
 import typer
 
 from framework.errors import TubeworksError
+from framework.wording import counted
 
 __all__ = ["add_exchange_commands"]
 
@@ -122,7 +123,9 @@ def export_command(
 
 
 def predict_command(
-    run: Run,
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN", help="Folder of the run, or of an export `--to safetensors`.")
+    ],
     files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Videos and images.")],
     source: SourceName = None,
     weights: KeptWeights = None,
@@ -137,13 +140,13 @@ def predict_command(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Classify videos and images with a run's newest weights."""
+    """Classify videos and images with a run's newest weights, or with an export."""
     from framework.exchange.evaluate import parse_views
     from framework.exchange.predict import Predictor
-    from framework.exchange.run import open_finished
+    from framework.exchange.run import recipe_of
 
     kept = weights.value if weights else None
-    settings = parse_views(views, open_finished(run, kept).recipe.evaluation)
+    settings = parse_views(views, recipe_of(run).evaluation)
     shape = (settings.temporal_views, settings.spatial_views)
     predictor = Predictor(run, source=source, weights=kept, views=shape, device=device)
     failed, found = [], []
@@ -156,8 +159,8 @@ def predict_command(
             continue
         found.append(prediction)
         if not as_json:
-            views = "1 view" if prediction.views == 1 else f"{prediction.views} views"
-            typer.echo(f"{file}  ({prediction.source}, {views}, {prediction.device})")
+            shown = counted(prediction.views, "view")
+            typer.echo(f"{file}  ({prediction.source}, {shown}, {prediction.device})")
             for answer in prediction.answers:
                 head = f"{answer.head}: " if answer.head else ""
                 typer.echo(f"  {answer.probability:6.1%}  {head}{answer.label}")

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from framework.data.augment import random_box, resize, view_boxes
-from framework.data.beton import open_beton
+from framework.data.beton import BetonImages, open_beton
 from framework.data.clips import random_clip, still_of, uniform_clips
 from framework.data.color import color_jitter
 from framework.data.image import decode_image
@@ -24,8 +24,9 @@ from framework.data.shards import ShardReader
 from framework.data.sources import OpenSource
 from framework.data.video import Box, Undecodable, VideoRequest, decode_video
 from framework.errors import CorruptSample
+from framework.recipe.schema import Source
 
-__all__ = ["SampleReader"]
+__all__ = ["SampleReader", "ViewReader"]
 
 Pixels = NDArray[np.uint8]
 
@@ -39,26 +40,18 @@ class _View:
     mirrored: bool = False
 
 
-class SampleReader:
-    """Turns samples of one source into views: uint8 arrays (frames, size, size, 3)."""
+class ViewReader:
+    """Turns samples into the views of a source: uint8 arrays (frames, size, size, 3).
 
-    def __init__(self, opened: OpenSource, shards: ShardReader | None = None) -> None:
-        self._opened = opened
-        if shards is None:
-            shards = ShardReader(opened.manifest.folder, opened.name, remote=opened.manifest.remote)
+    Bytes come from `shards`; with `beton`, pixels come from there in their place.
+    """
+
+    def __init__(self, source: Source, shards: ShardReader, beton: BetonImages | None = None) -> None:
+        self._source = source
         self._shards = shards
-        self._beton = open_beton(opened)
+        self._beton = beton
         self.seconds: dict[str, float] = dict.fromkeys(STAGES, 0.0)
         """Where the time of the samples went."""
-
-    def info(self, index: int) -> SampleInfo:
-        """What the manifest says of the sample at a place of the source's selection."""
-        return self._opened.manifest.sample(int(self._opened.selection[index]))
-
-    def describe(self, index: int) -> str:
-        """A sample of the selection in words."""
-        info = self.info(index)
-        return f"sample {info.key} (source {self._opened.name}, shard {info.shard}, offset {info.offset})"
 
     def corrupt(self, info: SampleInfo, reason: str) -> CorruptSample:
         """The error for a sample that cannot be used."""
@@ -84,7 +77,7 @@ class SampleReader:
         return made
 
     def _random_view(self, info: SampleInfo, seed: int) -> _View:
-        source = self._opened.source
+        source = self._source
         frames = [0]
         if source.clip is not None:
             frames = random_clip(source.clip, info.frames, info.fps, Draws(seed, "clip"))
@@ -95,7 +88,7 @@ class SampleReader:
         return _View(frames, box, mirrored)
 
     def _augment(self, pixels: Pixels, seed: int) -> None:
-        augment = self._opened.source.augment
+        augment = self._source.augment
         if augment.randaugment is not None:
             pixels[...] = rand_augment(pixels, augment.randaugment, Draws(seed, "randaugment"))
         if augment.color_jitter is not None:
@@ -116,10 +109,10 @@ class SampleReader:
         random order, the same for all views of the sample.
         `out` and errors are those of `training_views`.
         """
-        clip = self._opened.source.clip
+        clip = self._source.clip
         if clip is None:
             boxes = view_boxes(info.height, info.width, 1)
-            frame = info.frames // 2 if self._opened.source.still else 0
+            frame = info.frames // 2 if self._source.still else 0
             return self._views(info, [_View([frame], boxes[0])], out)
         clips = uniform_clips(clip, info.frames, info.fps, temporal)
         if shuffle_seed is not None:
@@ -131,7 +124,7 @@ class SampleReader:
     def _views(self, info: SampleInfo, views: Sequence[_View], out: Pixels | None) -> Pixels:
         """Decode every frame once, and cut the views out of it: (views, frames, size, size, 3)."""
         if out is None:
-            size = self._opened.source.size
+            size = self._source.size
             out = np.empty((len(views), len(views[0].frames), size, size, 3), np.uint8)
         try:
             if self._beton is not None:
@@ -166,7 +159,7 @@ class SampleReader:
             )
         with self._timed("augment"):
             for view, rows in zip(views, out, strict=True):
-                resize(_part(image[None], view.box), self._opened.source.size, rows)
+                resize(_part(image[None], view.box), self._source.size, rows)
 
     def _video_views(self, info: SampleInfo, data: bytes, views: Sequence[_View], out: Pixels) -> None:
         wanted = sorted({index for view in views for index in view.frames})
@@ -195,7 +188,7 @@ class SampleReader:
         """Resize frames of a video, of which `indices` are the numbers, into their places in views."""
         first, rows = views[0]
         inside = rows[_stretch(first.frames, indices)]
-        cut = resize(frames, self._opened.source.size, inside if len(inside) else None)
+        cut = resize(frames, self._source.size, inside if len(inside) else None)
         places = {index: place for place, index in enumerate(indices)}
         for view, rows in views:
             for row, index in zip(rows, view.frames, strict=True):
@@ -211,6 +204,30 @@ class SampleReader:
             yield
         finally:
             self.seconds[name] += time.perf_counter() - started
+
+
+class SampleReader(ViewReader):
+    """Turns the samples of an opened source into views."""
+
+    def __init__(self, opened: OpenSource) -> None:
+        """Open what the samples are read from.
+
+        Errors:
+            DataError: the source's FFCV file is missing, or of other shards.
+        """
+        manifest = opened.manifest
+        shards = ShardReader(manifest.folder, opened.name, remote=manifest.remote)
+        super().__init__(opened.source, shards, open_beton(opened))
+        self._opened = opened
+
+    def info(self, index: int) -> SampleInfo:
+        """What the manifest says of the sample at a place of the source's selection."""
+        return self._opened.manifest.sample(int(self._opened.selection[index]))
+
+    def describe(self, index: int) -> str:
+        """A sample of the selection in words."""
+        info = self.info(index)
+        return f"sample {info.key} (source {self._opened.name}, shard {info.shard}, offset {info.offset})"
 
 
 def _part(frames: Pixels, box: Box) -> Pixels:

@@ -16,19 +16,31 @@ import bisect
 import io
 import logging
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, BinaryIO, Literal, NamedTuple, cast
 
 import av
 import av.container
 import av.error
 import numpy as np
+from av.stream import Disposition
 from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
 
 from framework.data.limits import CONTAINER_OPTIONS, MAX_FRAME_SIDE
 
-__all__ = ["Backend", "Box", "Undecodable", "VideoRequest", "decode_video", "pyav_frames"]
+__all__ = [
+    "Backend",
+    "Box",
+    "NoContainer",
+    "Undecodable",
+    "VideoRequest",
+    "check_frame_size",
+    "decode_video",
+    "open_video",
+    "pyav_frames",
+]
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +54,10 @@ _RESTART_GAIN = 4  # frames that a restart at a later key frame must save to be 
 
 class Undecodable(ValueError):
     """Bytes that do not decode to what is expected; the reader adds which sample it was."""
+
+
+class NoContainer(Undecodable):
+    """Bytes that FFmpeg does not even open as a file of media."""
 
 
 class Box(NamedTuple):
@@ -85,9 +101,7 @@ def decode_video(
     Errors:
         Undecodable: the bytes are no video, a wanted frame does not come out, or frames are too large.
     """
-    if max(request.height, request.width) > MAX_FRAME_SIDE:
-        size = f"{request.width}x{request.height}"
-        raise Undecodable(f"frames of {size} pixels; at most {MAX_FRAME_SIDE} a side")
+    check_frame_size(request.width, request.height)
     if not request.wanted or request.wanted[-1] >= request.total or request.wanted[0] < 0:
         raise Undecodable(f"frames {list(request.wanted)} asked of a video of {request.total}")
     if backend == "torchcodec":
@@ -152,30 +166,53 @@ def _rgb(reformatter: VideoReformatter, frame: av.VideoFrame, request: VideoRequ
     return pixels[area.top : area.top + area.height, area.left : area.left + area.width]
 
 
-def _container(data: bytes) -> av.container.InputContainer:
-    """Open bytes that may come from a stranger: no playlists, no other files, no strict metadata."""
-    return av.open(io.BytesIO(data), "r", metadata_errors="ignore", options=dict(CONTAINER_OPTIONS))
+@contextmanager
+def open_video(file: BinaryIO) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
+    """A container that may come from a stranger, and its video stream, ready to be decoded on one thread.
+
+    It opens no playlists and no other files, and takes metadata of any encoding.
+
+    Errors:
+        NoContainer: the bytes are none that FFmpeg opens.
+        Undecodable: there is no video in it, nothing decodes its codec, or frames are too large.
+    """
+    try:
+        container = av.open(file, "r", metadata_errors="ignore", options=dict(CONTAINER_OPTIONS))
+    except (av.error.FFmpegError, ValueError, OverflowError) as error:
+        raise NoContainer(f"{type(error).__name__}: {error}") from error
+    with container:
+        yield container, _video_stream(container)
 
 
-def _open(container: av.container.InputContainer) -> av.VideoStream:
-    if not container.streams.video:
-        raise Undecodable("there is no video stream")
-    stream = container.streams.video[0]
-    if (
-        stream.codec_context is None
-    ):  # PyAV's types do not say that it may be, where nothing decodes the stream
-        raise Undecodable("no decoder knows the codec of the video stream")
-    if max(stream.codec_context.width, stream.codec_context.height) > MAX_FRAME_SIDE:
-        raise Undecodable(f"frames are larger than {MAX_FRAME_SIDE} pixels a side")
+def _video_stream(container: av.container.InputContainer) -> av.VideoStream:
+    streams = container.streams.video
+    if not streams or streams[0].disposition & Disposition.attached_pic:  # the cover of a piece of music
+        other = "audio only" if container.streams.audio else "no sound either"
+        raise Undecodable(f"no video in it ({other}): there is no video stream")
+    stream = streams[0]
+    context = stream.codec_context
+    if context is None:  # PyAV's types do not say that it may be, where nothing decodes the stream
+        raise Undecodable("its codec is not known to this FFmpeg")
+    check_frame_size(context.width, context.height)
     stream.thread_type = "NONE"  # frame threads deadlock in forked workers, and cores are full already
     return stream
+
+
+def check_frame_size(width: int, height: int) -> None:
+    """Refuse frames whose pixels would fill the memory.
+
+    Errors:
+        Undecodable: a side is longer than `MAX_FRAME_SIDE`.
+    """
+    if max(width, height) > MAX_FRAME_SIDE:
+        raise Undecodable(f"frames of {width}x{height} pixels; at most {MAX_FRAME_SIDE} a side")
 
 
 def _sequential_decode(data: bytes, request: VideoRequest, wanted: Sequence[int]) -> Iterator[av.VideoFrame]:
     """Decode from the start and count: right for every file, whatever its timestamps say."""
     targets, last = set(wanted), wanted[-1]
-    with _container(data) as container:
-        for index, frame in enumerate(container.decode(_open(container))):
+    with open_video(io.BytesIO(data)) as (container, stream):
+        for index, frame in enumerate(container.decode(stream)):
             if index in targets:
                 yield frame
             if index >= last:
@@ -191,8 +228,7 @@ def _indexed_decode(data: bytes, request: VideoRequest, wanted: Sequence[int]) -
     Errors:
         _Missed: the packets do not tell reliably which frame is which, or a frame did not come out.
     """
-    with _container(data) as container:
-        stream = _open(container)
+    with open_video(io.BytesIO(data)) as (container, stream):
         if not _TIMED_FORMATS.intersection(container.format.name.split(",")):
             raise _Missed  # AVI and its like store no presentation times, and FFmpeg guesses wrong
         packets = [packet for packet in container.demux(stream) if packet.size > 0]

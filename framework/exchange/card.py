@@ -11,6 +11,7 @@ from framework.errors import TubeworksError
 from framework.exchange.run import FinishedRun
 from framework.files import replace_text
 from framework.recipe import recipe_hash
+from framework.recipe.model_sections import reconstructs
 from framework.tracking.journal import journal_path, read_journal
 from framework.training.checkpoint import read_manifest
 from framework.training.data_facts import read_data_facts
@@ -18,8 +19,7 @@ from framework.training.data_facts import read_data_facts
 __all__ = ["write_card"]
 
 LOADING = {
-    "safetensors": "All weights under the framework's own names, in float32: `tubeworks predict`, or\n"
-    "`safetensors.torch.load_file`.",
+    "safetensors": "All weights under the framework's own names, in float32: `safetensors.torch.load_file`.",
     "hf": "`from_pretrained` of the class in `config.json` loads this folder.",
     "timm": "`timm.models.VisionTransformer(**model_args)` of `config.json`, then `load_state_dict`.",
     "npz": "Google's ViT format: arrays by parameter path.",
@@ -28,6 +28,7 @@ LOADING = {
     "onnx": "Input `pixels`: uint8 (batch, 3, frames, height, width). Output `logits`: float32 (batch,\n"
     "classes).",
 }
+PREDICTING = "`tubeworks predict FOLDER FILE...` classifies videos and images with this folder."
 
 
 def write_card(run: FinishedRun, kind: str, source: str | None, out: Path) -> None:
@@ -55,6 +56,7 @@ def write_card(run: FinishedRun, kind: str, source: str | None, out: Path) -> No
         + f"; written by tubeworks {__version__}.",
         "",
         LOADING[kind],
+        *([PREDICTING] if kind == "safetensors" and not reconstructs(recipe.model) else []),
         "",
         "| what | value |",
         "|---|---|",

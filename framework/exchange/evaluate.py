@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -18,12 +18,12 @@ from pathlib import Path
 import torch
 import torch.distributed
 
-from framework.data.sources import open_sources
+from framework.data.sources import OpenSource, open_sources
 from framework.errors import DataError, RecipeError, TubeworksError
 from framework.evaluation.predictions import Predictions
 from framework.evaluation.report import EvaluationReport, show_table, write_report
-from framework.evaluation.run import evaluate
-from framework.exchange.run import Weights, check_classifies, open_finished, recipe_of
+from framework.evaluation.run import AnyResult, evaluate
+from framework.exchange.run import FinishedRun, Weights, check_classifies, open_finished, recipe_of
 from framework.recipe.schema import Evaluation, Recipe
 from framework.tracking.journal import Journal, last_attempt
 from framework.tracking.mirror import sync_run
@@ -91,18 +91,11 @@ def evaluate_run(
     settings, wanted = parse_views(views, recipe.evaluation), _parse_weights(weights)
     peers = Peers(world, torch.distributed.group.WORLD if world.size > 1 else None)
     sources = peers.together(lambda: open_sources(recipe, "validation"))
-    if not sources:
-        raise DataError(f"no source of {recipe.name} has held-out shards: set data.sources.NAME.validation")
-    if shuffle_frames and all(source.source.frames == 1 for source in sources.values()):
-        raise DataError(
-            f"--shuffle-frames: the held-out sources of {recipe.name} ({', '.join(sources)}) have one frame "
-            "a sample, so there is nothing to shuffle"
-        )
+    _check_sources(recipe, sources, shuffle_frames)
     finished = peers.on_main(lambda: open_finished(run, wanted))  # which reads the whole checkpoint
     device = choose_device(world)
-    # bf16 only where the device is made for it
-    low = recipe.engine.precision == "bf16" and device.type == "cuda"
-    model = finished.model(device, torch.bfloat16 if low else torch.float32)
+    dtype = _precision(recipe, device)
+    model = finished.model(device, dtype)
     predictions = Predictions(sources)
     results = evaluate(
         lambda pixels: model(pixels),
@@ -114,21 +107,49 @@ def evaluate_run(
         workers=recipe.data.workers,
         observe=predictions if world.is_main else None,
     )
-    report = EvaluationReport(
-        run=str(run),
-        recipe=recipe.name,
-        step=finished.step,
-        weights="ema" if finished.averaged else "raw",
-        views=(settings.temporal_views, settings.spatial_views),
-        recipe_views=(recipe.evaluation.temporal_views, recipe.evaluation.spatial_views),
-        shuffle_frames=shuffle_frames,
-        ranks=world.size,
-        precision=str(next(model.parameters()).dtype).removeprefix("torch."),
-        sources=results,
-    )
+    report = _report(finished, settings, shuffle_frames, world, dtype, results)
     if world.is_main:
         _record(run, recipe, report, predictions)
     return report
+
+
+def _check_sources(recipe: Recipe, sources: Mapping[str, OpenSource], shuffle_frames: bool) -> None:
+    if not sources:
+        raise DataError(f"no source of {recipe.name} has held-out shards: set data.sources.NAME.validation")
+    if shuffle_frames and all(source.source.frames == 1 for source in sources.values()):
+        raise DataError(
+            f"--shuffle-frames: the held-out sources of {recipe.name} ({', '.join(sources)}) have one frame "
+            "a sample, so there is nothing to shuffle"
+        )
+
+
+def _precision(recipe: Recipe, device: torch.device) -> torch.dtype:
+    """The recipe's bf16 only where the device is made for it."""
+    low = recipe.engine.precision == "bf16" and device.type == "cuda"
+    return torch.bfloat16 if low else torch.float32
+
+
+def _report(
+    finished: FinishedRun,
+    settings: Evaluation,
+    shuffle_frames: bool,
+    world: World,
+    dtype: torch.dtype,
+    results: Mapping[str, AnyResult],
+) -> EvaluationReport:
+    evaluation = finished.recipe.evaluation
+    return EvaluationReport(
+        run=str(finished.folder),
+        recipe=finished.recipe.name,
+        step=finished.step,
+        weights="ema" if finished.averaged else "raw",
+        views=(settings.temporal_views, settings.spatial_views),
+        recipe_views=(evaluation.temporal_views, evaluation.spatial_views),
+        shuffle_frames=shuffle_frames,
+        ranks=world.size,
+        precision=str(dtype).removeprefix("torch."),
+        sources=results,
+    )
 
 
 def parse_views(views: str | None, settings: Evaluation) -> Evaluation:

@@ -17,7 +17,7 @@ from torch import Tensor
 from framework.errors import ModelError, TubeworksError
 from framework.exchange.card import write_card
 from framework.exchange.hugging_face import config_of, preprocessor_of
-from framework.exchange.run import FinishedRun, Weights, check_classifies, open_finished
+from framework.exchange.run import EXPORTED, FinishedRun, Weights, check_classifies, open_finished
 from framework.files import replace_text
 from framework.models.registry import size_of
 from framework.models.weights.convert import Target, to_format
@@ -27,6 +27,7 @@ from framework.recipe.model_sections import family_of, reconstructs
 from framework.recipe.schema import Recipe, ViViT
 from framework.training.checkpoint import load_weights
 from framework.training.consolidate import consolidate
+from framework.training.data_facts import DATA_NAME
 
 __all__ = ["Export", "Kind", "export_run"]
 
@@ -54,9 +55,9 @@ def export_run(
 ) -> Export:
     """Write the newest checkpoint's weights to a new folder in another form, with recipe and model card.
 
-    `safetensors` keeps all weights under their own names. The others are for one source, whose classifier
-    goes along: `hf` (a folder that `from_pretrained` loads), `timm`, `npz` and `torchvision` (the formats of
-    those ViTs), `onnx` (the whole model, from bytes to logits).
+    `safetensors` keeps all weights under their own names, and `open_trained` reads them. The others are for
+    one source, whose classifier goes along: `hf` (a folder that `from_pretrained` loads), `timm`, `npz` and
+    `torchvision` (the formats of those ViTs), `onnx` (the whole model, from bytes to logits).
 
     Errors:
         TubeworksError: no run, no checkpoint, a folder that is not empty, a model that the form cannot hold.
@@ -84,10 +85,12 @@ def export_run(
     try:
         unfinished.mkdir(parents=True)
         if name is None:
-            consolidate(finished.checkpoint, unfinished / "model.safetensors", finished.averaged)
+            consolidate(finished.checkpoint, unfinished / EXPORTED, finished.averaged)
         else:
             writers[kind](finished, name, unfinished)
         replace_text(unfinished / "recipe.yaml", dump_yaml(finished.recipe))
+        if (run / DATA_NAME).is_file():
+            shutil.copyfile(run / DATA_NAME, unfinished / DATA_NAME)  # which has the names of the classes
         write_card(finished, kind, name, unfinished)
         unfinished.replace(out)  # an empty folder there gives way
     finally:

@@ -118,6 +118,14 @@ def import_weights(
     torch.manual_seed(recipe.seed)
     model = build_model(recipe.model, inputs_of(recipe))
     account = fill(model, tensors, known, _target(recipe, source), new=new, unused=unused)
+    _write_run(run, recipe, model, {"file": str(file), "format": known.title})
+    result = Import(run, known, account)
+    replace_text(run / "import.json", json.dumps(result.as_dict(), indent=1) + "\n")
+    return result
+
+
+def _write_run(run: Path, recipe: Recipe, model: nn.Module, imported: dict[str, str]) -> None:
+    """A run whose only checkpoint, that of step 0, holds the model's weights."""
     run.mkdir(parents=True, exist_ok=True)
     facts = {
         "recipe": recipe_hash(recipe),
@@ -125,16 +133,13 @@ def import_weights(
         "zero": 0,
         "precision": "fp32",
         "skipped_steps": 0,
-        "imported": {"file": str(file), "format": known.title},
+        "imported": imported,
     }
     state: Any = _WeightsAlone(model)
     save_checkpoint(run, 0, model, state, Peers(World(), None), facts)
     # Last: a recipe without these weights would be a run that trains from nothing.
     replace_text(run / "recipe.yaml", dump_yaml(recipe))
     _keep_class_names(run, recipe)
-    result = Import(run, known, account)
-    replace_text(run / "import.json", json.dumps(result.as_dict(), indent=1) + "\n")
-    return result
 
 
 def _keep_class_names(run: Path, recipe: Recipe) -> None:

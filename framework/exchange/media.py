@@ -5,16 +5,15 @@ from __future__ import annotations
 import io
 from pathlib import Path
 
-import av
 import av.error
 import numpy as np
+from PIL import UnidentifiedImageError
 from zlib_ng.zlib_ng import crc32
 
 from framework.data.image import decode_image
-from framework.data.limits import CONTAINER_OPTIONS, MAX_FRAME_SIDE
 from framework.data.manifest import Kind, SampleInfo
 from framework.data.shards import ShardReader
-from framework.data.video import Undecodable
+from framework.data.video import NoContainer, Undecodable, open_video
 from framework.errors import DataError
 
 __all__ = ["OneFile", "describe_file"]
@@ -27,8 +26,8 @@ def describe_file(path: Path) -> SampleInfo:
     """Decode a video or an image once, and describe it as the manifest describes a sample.
 
     Errors:
-        DataError: no such file, a larger one than `MAX_FILE_BYTES`, or neither a video nor an image that can
-            be decoded.
+        DataError: no such file, a larger one than `MAX_FILE_BYTES`, neither a video nor an image, or one that
+            cannot be decoded.
     """
     try:
         size = path.stat().st_size if path.is_file() else 0
@@ -61,35 +60,33 @@ class OneFile(ShardReader):
 
 
 def _image(path: Path, data: bytes) -> SampleInfo | None:
+    """The description of an image; None if the bytes do not even begin as one."""
     try:
         height, width = decode_image(data).shape[:2]
     except Undecodable as error:
-        if "pixels; at most" in str(error):
-            raise DataError(f"{path}: {error}") from error
-        return None
+        if isinstance(error.__cause__, UnidentifiedImageError):
+            return None
+        raise DataError(f"{path}: is an image that cannot be decoded ({error})") from error
     return _info(path, data, "image", (width, height), 1, 0.0, [])
 
 
 def _video(path: Path, data: bytes) -> SampleInfo | None:
+    """The description of a video; None if the bytes are no container, or no frame comes out of it."""
     times: list[float] = []
     keyframes: list[int] = []
     size, frames, rate = (0, 0), 0, 0.0
     try:
-        with av.open(
-            io.BytesIO(data), "r", metadata_errors="ignore", options=dict(CONTAINER_OPTIONS)
-        ) as container:
-            if not container.streams.video:
-                raise DataError(f"{path}: there is no video in it")
-            stream = container.streams.video[0]
-            if max(stream.codec_context.width, stream.codec_context.height) > MAX_FRAME_SIDE:
-                raise DataError(f"{path}: frames are larger than {MAX_FRAME_SIDE} pixels a side")
-            stream.thread_type = "NONE"
+        with open_video(io.BytesIO(data)) as (container, stream):
             rate = float(stream.average_rate or 0)
             for frame in container.decode(stream):
                 size = size if frames else (frame.width, frame.height)
                 keyframes += [frames] if frame.key_frame else []
                 times += [frame.time] if frame.time is not None else []
                 frames += 1
+    except NoContainer:
+        return None
+    except Undecodable as error:
+        raise DataError(f"{path}: is a file of media that cannot be used ({error})") from error
     except (av.error.FFmpegError, ValueError, OverflowError):
         if not frames:
             return None  # what decoded before the damage can still be classified

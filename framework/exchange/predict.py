@@ -1,4 +1,4 @@
-"""What a run's model sees in videos and images.
+"""What the model of a run, or of an export, sees in videos and images.
 
 from framework.exchange.predict import Predictor
 predictor = Predictor("runs/mine")
@@ -10,17 +10,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from framework.data.samples import SampleReader
-from framework.data.sources import OpenSource
+from framework.data.samples import ViewReader
 from framework.errors import ModelError
 from framework.exchange.media import OneFile, describe_file
-from framework.exchange.run import Weights, check_classifies, open_finished
+from framework.exchange.run import Weights, check_classifies, open_trained
 from framework.recipe.schema import Evaluation, Source
 from framework.training.distributed import choose_device
 from framework.world import World
@@ -62,7 +60,7 @@ class Prediction:
 
 
 class Predictor:
-    """A run's newest checkpoint, ready for single files."""
+    """A run's newest checkpoint, or an export, ready for single files."""
 
     def __init__(
         self,
@@ -76,16 +74,17 @@ class Predictor:
         """Load the model.
 
         Args:
-            run: the folder of the run.
+            run: the folder of the run, or one that `tubeworks export` wrote.
             source: whose classifier and clips; by default the only source of the file's kind.
-            weights: averaged ones by default, where there are any.
+            weights: averaged ones by default, where there are any; of an export those that are there.
             views: temporal and spatial; by default those of the recipe's evaluation.
             device: by default a GPU where there is one.
 
         Errors:
-            TubeworksError: no run, no valid checkpoint, no such source, no such device.
+            TubeworksError: no run, no valid checkpoint, an export for another library, no such source, no
+                such device.
         """
-        self._run = open_finished(Path(run), weights)
+        self._run = open_trained(Path(run), weights)
         check_classifies(self._run.folder, self._run.recipe)
         self._device = choose_device(World()) if device is None else _usable(device)
         self._model = self._run.model(self._device)
@@ -105,8 +104,7 @@ class Predictor:
         path = Path(file)
         info = describe_file(path)
         name, source = self._source_for(info.kind, path)
-        opened = OpenSource(name, source, *cast(Any, (SimpleNamespace(folder=path.parent), None, [0])))
-        reader = SampleReader(opened, OneFile(path, name))
+        reader = ViewReader(source, OneFile(path, name))
         pixels = torch.from_numpy(reader.evaluation_views(info, *self._views))  # (views, frames, h, w, 3)
         logits = [self._logits(name, view) for view in pixels]
         answers = _answers(torch.stack(logits).mean(dim=0), source, self._run.classes(name), top)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import io
 import random
 from collections.abc import Callable
+from typing import Any
 
 import av
 import numpy as np
 import pytest
 
 from framework.data import video
-from framework.data.video import Box, Undecodable, VideoRequest, decode_video
+from framework.data.video import Box, NoContainer, Undecodable, VideoRequest, decode_video, open_video
 from framework.data.video_torchcodec import torchcodec_works
 
 FRAMES = 60
@@ -153,6 +154,18 @@ def test_a_playlist_cannot_open_other_files(tmp_path, encoded: Callable) -> None
     for playlist in playlists:
         with pytest.raises(Undecodable):
             decoded(playlist.encode(), VideoRequest([0], FRAMES, 64, 96))
+
+
+@pytest.mark.parametrize("container", ["mp4", "matroska"])
+def test_a_video_of_unknown_codec_or_size_is_refused(helpers: Any, container: str) -> None:
+    data = helpers.encode_video(helpers.moving_frames(4, 64, 96), container=container)
+    unknown = data.replace(b"avc1", b"zzzz").replace(b"V_MPEG4/ISO/AVC", b"V_ZZZZZ/ISO/AVC")
+    with pytest.raises(Undecodable, match="codec is not known"):
+        decoded(unknown, VideoRequest([0], 4, 64, 96))
+    with pytest.raises(NoContainer), open_video(io.BytesIO(b"no video")):
+        pass
+    with pytest.raises(Undecodable, match="frames of 8193x64 pixels; at most 8192 a side"):
+        decoded(data, VideoRequest([0], 4, 64, 8193))
 
 
 def test_sound_without_pictures() -> None:

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from pathlib import Path
 from random import Random
+from typing import Any
 
+import av
 import pytest
+from av.codec.codec import UnknownCodecError
 from PIL import Image
 
+from data_tools.presets import PRESETS
 from data_tools.probe import probe
-from data_tools.readers import Unusable
+from data_tools.readers import FileReader, Unusable
+from data_tools.synth import MotionClip
+from data_tools.transcode import transcode_video
 from framework.data.limits import MAX_IMAGE_PIXELS
 from framework.data.manifest import Kind
+from framework.errors import DataError
 
 
 def test_a_video_is_described_by_what_decodes(make_video: Callable[..., bytes]) -> None:
@@ -92,6 +100,62 @@ def test_what_is_no_video_is_refused_with_a_reason(data: bytes, reason: str) -> 
 def test_sound_alone_is_no_video(make_video: Callable[..., bytes]) -> None:
     with pytest.raises(Unusable, match="no video in it \\(audio only\\)"):
         probe(make_video(video=False, audio=True), "video", "mp4")
+
+
+def test_a_codec_that_nothing_decodes_is_said(make_video: Callable[..., bytes]) -> None:
+    with pytest.raises(Unusable, match="codec is not known"):
+        probe(make_video(5).replace(b"avc1", b"zzzz"), "video", "mp4")
+
+
+class Writing:
+    """A file to be written, in the place of PyAV's, to which no stream can be added."""
+
+    def __init__(self, error: Exception) -> None:
+        self._error = error
+
+    def __enter__(self) -> Writing:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def add_stream(self, *_: object, **__: object) -> None:
+        raise self._error
+
+
+@pytest.fixture
+def encoder_fails(monkeypatch: pytest.MonkeyPatch) -> Callable[[Exception], None]:
+    """Let adding a stream to a new file raise an error; reading goes on as ever."""
+    really = av.open
+
+    def use(error: Exception) -> None:
+        def instead(file: Any, mode: str = "r", **options: Any) -> Any:
+            return Writing(error) if mode == "w" else really(file, "r", **options)
+
+        monkeypatch.setattr(av, "open", instead)
+
+    return use
+
+
+def test_without_an_encoder_no_video_is_called_damaged(
+    make_video: Callable[..., bytes], encoder_fails: Callable[[Exception], None], tmp_path: Path
+) -> None:
+    (tmp_path / "a.mp4").write_bytes(make_video(5))
+    encoder_fails(UnknownCodecError("libx264"))
+    with pytest.raises(DataError, match=r"no H.264 encoder .* install the wheel") as caught:
+        transcode_video(FileReader.of(tmp_path / "a.mp4"), PRESETS["fast"])
+    assert not isinstance(caught.value, Unusable)  # which would only leave out this one file
+    with pytest.raises(DataError, match=r"no H.264 encoder .* install the wheel"):
+        MotionClip(bytes(64), 32, 4, (0, 0), (1, 0)).read()
+
+
+def test_frames_that_the_encoder_refuses_are_not_called_truncated(
+    make_video: Callable[..., bytes], encoder_fails: Callable[[Exception], None], tmp_path: Path
+) -> None:
+    (tmp_path / "a.mp4").write_bytes(make_video(5))
+    encoder_fails(ValueError("odd colours"))
+    with pytest.raises(Unusable, match=r"^decodes, but .* cannot be encoded as H\.264: odd colours"):
+        transcode_video(FileReader.of(tmp_path / "a.mp4"), PRESETS["fast"])
 
 
 def test_an_image_is_no_video(make_image: Callable[..., bytes]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from framework.data.augment import resize, view_boxes
+from framework.data.limits import MAX_IMAGE_PIXELS
 from framework.errors import CheckpointError, DataError, ModelError, RecipeError, TubeworksError
 from framework.evaluation.metrics import SourceResult
 from framework.evaluation.report import EvaluationReport, write_report
@@ -166,7 +168,8 @@ def test_a_masked_autoencoder_has_no_logits_to_give(tmp_path: Path) -> None:
         Predictor(run)
     with pytest.raises(RecipeError, match="which has no classifier"):
         export_run(run, "onnx", tmp_path / "onnx")
-    assert export_run(run, "safetensors", tmp_path / "out").files
+    folder = export_run(run, "safetensors", tmp_path / "out").folder
+    assert "tubeworks predict" not in (folder / "README.md").read_text()
 
 
 def test_safetensors_keep_everything_under_our_names(tmp_path: Path) -> None:
@@ -289,6 +292,71 @@ def test_files_that_cannot_be_classified_say_why(tmp_path: Path) -> None:
     for device in ("nothing", "cuda:99"):
         with pytest.raises(ModelError, match=f"--device {device}: cannot be used here"):
             Predictor(run, device=device)
+
+
+def test_media_that_cannot_be_decoded_say_what_is_wrong(tmp_path: Path) -> None:
+    predictor = Predictor(imported("vivit", tmp_path))
+    unknown = clip(tmp_path / "clip.mp4").read_bytes().replace(b"avc1", b"zzzz")
+    (tmp_path / "clip.mp4").write_bytes(unknown)
+    with pytest.raises(DataError, match=r"clip\.mp4: .*codec is not known"):
+        predictor(tmp_path / "clip.mp4")
+    for name, side in (("large.png", int(MAX_IMAGE_PIXELS**0.5) + 1), ("huge.png", 20_000)):
+        Image.new("1", (side, side)).save(tmp_path / name)
+        with pytest.raises(DataError, match=rf"{name}: is an image that cannot be decoded .*pixels"):
+            predictor(tmp_path / name)
+    whole = picture(tmp_path / "cut.jpg").read_bytes()
+    (tmp_path / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DataError, match=r"cut\.jpg: is an image that cannot be decoded .*truncated"):
+        predictor(tmp_path / "cut.jpg")
+
+
+def test_a_picture_needs_no_ffcv_file_of_the_source(tmp_path: Path) -> None:
+    gone = tmp_path / "gone.beton"
+    run = changed(f"data.sources.things.beton={gone}", tmp_path, "vit")
+    assert open_finished(run).recipe.data.sources["things"].beton == str(gone)
+    path = picture(tmp_path / "thing.png")
+    assert Predictor(run)(path).answers == Predictor(tmp_path / "run")(path).answers
+
+
+def test_predict_takes_the_folder_of_an_export_as_its_card_says(tmp_path: Path) -> None:
+    run = imported("vit", tmp_path)
+    names = [f"thing {letter}" for letter in "abcdefg"]
+    (run / "data.json").write_text(json.dumps({"things": {"classes": names}}))
+    folder = export_run(run, "safetensors", tmp_path / "export").folder
+    [words] = re.findall(r"`tubeworks (predict FOLDER FILE\.\.\.)`", (folder / "README.md").read_text())
+    path = str(picture(tmp_path / "thing.png"))
+    (tmp_path / "run").rename(tmp_path / "elsewhere")
+
+    def answers(place: Path) -> Any:
+        arguments = words.replace("FOLDER", str(place)).replace("FILE...", path).split()
+        done = CliRunner().invoke(app, [*arguments, "--json"])
+        assert done.exit_code == 0, done.output
+        return json.loads(done.output)
+
+    assert answers(folder) == answers(tmp_path / "elsewhere")
+    assert answers(folder)[0]["answers"][0]["label"] in names
+    with pytest.raises(ModelError, match=r"--weights raw: .* holds one kind"):
+        Predictor(folder, weights="raw")
+    (folder / "model.safetensors").write_bytes(b"nothing")
+    with pytest.raises(ModelError, match="cannot be read as weights"):
+        Predictor(folder)
+
+
+def test_predict_takes_no_export_for_another_library(tmp_path: Path) -> None:
+    folder = export_run(imported("vit", tmp_path), "timm", tmp_path / "export").folder
+    assert "tubeworks predict" not in (folder / "README.md").read_text()
+    with pytest.raises(ModelError, match="becomes a run with `tubeworks import`"):
+        Predictor(folder)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="no valid checkpoint"):
+        Predictor(folder)
+
+
+def test_the_command_counts_views(tmp_path: Path) -> None:
+    run, film = imported("vivit", tmp_path), clip(tmp_path / "clip.mp4")
+    for views, words in (("1x1", "things, 1 view, "), ("2x3", "things, 6 views, ")):
+        done = CliRunner().invoke(app, ["predict", str(run), str(film), "--views", views])
+        assert words in done.output, done.output
 
 
 def test_a_truncated_video_is_classified_by_what_is_there(tmp_path: Path) -> None:
