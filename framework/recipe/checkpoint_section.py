@@ -19,6 +19,7 @@ class Best(Section):
     keep: Positive = 1
     """So many of them."""
     mode: Literal["max", "min"] = "max"
+    """Whether the largest or the smallest value is the best."""
 
 
 class Checkpoint(Section):

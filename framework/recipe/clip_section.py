@@ -17,8 +17,11 @@ class Clip(Section):
     """How frames are taken from a video: every `stride`-th decoded frame, or `fps` frames a second."""
 
     frames: Few
+    """Frames of a clip."""
     stride: Positive | None = None
+    """From one frame of the clip to the next, in decoded frames; null where `fps` says it."""
     fps: Annotated[float, Field(gt=0)] | None = None
+    """Frames of the clip for each second of the video; null where `stride` says it."""
     sampling: Sampling = "dense"
     """`dense`: frames in steps of `stride` or `fps` from a random place on (SlowFast, arXiv 1812.03982);
     `center`: the same from the middle, always; `uniform`: one frame of each of `frames` equal parts of the

@@ -1,12 +1,14 @@
-"""How a video model is made of an image model: the section `init.image`."""
+"""The `init` section of a recipe: the first weights, and how an image model's become a video model's."""
 
 from __future__ import annotations
 
 from typing import Literal
 
-from framework.recipe.sections import Folder, Section
+from pydantic import model_validator
 
-__all__ = ["ImageInit"]
+from framework.recipe.sections import BrokenRule, Folder, Section
+
+__all__ = ["ImageInit", "Init"]
 
 
 class ImageInit(Section):
@@ -23,3 +25,33 @@ class ImageInit(Section):
     zero: Literal["output", "all", "none"] = "output"
     """Of the temporal attention in model 3: `output` copies that of the image model and sets the last layer
     to zero; `all` sets everything to zero, as the paper has it, which never learns; `none` copies all."""
+
+
+class Init(Section):
+    """Where weights come from when a run starts; a run that has a checkpoint goes on from that."""
+
+    weights: Folder | None = None
+    """Another run (its newest valid checkpoint), or one checkpoint of it: all weights of the same model;
+    classifiers are taken where source and number of classes agree, and are new otherwise."""
+    tubes: Folder | None = None
+    """For `model.scale_up`: a run of a small TubeViT, whose tubes are taken and nothing else."""
+    encoder: Folder | None = None
+    """For `model.scale_up`: a run of the large model on images, whose 2D patches and encoder are taken."""
+    image: ImageInit | None = None
+    """For video models: a run of a `vit`, whose patches, places and encoder are taken."""
+    ema: bool = False
+    """Take the moving averages of the weights."""
+
+    @model_validator(mode="after")
+    def _says_where_from(self) -> Init:
+        if (self.tubes is None) != (self.encoder is None):
+            missing = "encoder" if self.encoder is None else "tubes"
+            raise BrokenRule(
+                "is missing; a scale-up takes `tubes` from one run and `encoder` from another", missing
+            )
+        if [self.weights, self.tubes, self.image].count(None) != 2:
+            raise ValueError(
+                "needs `weights` (a run of the same model, or one of its checkpoints), `image` (a run of a "
+                "vit) or, for a scale-up, `tubes` and `encoder`; only one: `null` unsets what a base says"
+            )
+        return self

@@ -41,9 +41,14 @@ class Tube(Section):
     """One tube shape; axes are (time, height, width) in frames and pixels (TubeViT §3.1, Table 12)."""
 
     kernel: Triple
+    """Extent of the box that makes a token; with Space-to-Depth, of each of its sub-tubes."""
     stride: Triple
+    """From one token to the next."""
     offset: Offset = (0, 0, 0)
+    """Where the first box begins."""
     space_to_depth: Triple = (1, 1, 1)
+    """Sub-tubes of a token along each axis (§3.4), at strides of `stride` divided by this; each makes an
+    equal share of the token's channels. 1: one, which is the tube itself."""
 
 
 class ScaleUp(Section):
@@ -78,10 +83,15 @@ class Model(Section):
     """TubeViT. `name` fixes the size; the optional fields override single numbers of it."""
 
     name: ModelName = "tubevit_b"
+    """Size of the encoder: `tubevit_b`, `_l`, `_h` are those of TubeViT Table 11, `_ti` and `_s` of DeiT."""
     width: Width | None = None
+    """Channels of a token; null: as the name says."""
     depth: Depth | None = None
+    """Blocks of the encoder; null: as the name says."""
     heads: Width | None = None
+    """Heads of an attention, which must divide the width; null: as the name says."""
     mlp_width: Width | None = None
+    """Channels inside an MLP; null: four times the width."""
     tubes: tuple[Tube, ...] | None = None
     """The tubes one by one. The first one with a temporal kernel of 1 is shared with images."""
     tube_set: TubeSet | None = None
@@ -98,8 +108,12 @@ class Model(Section):
     """One vector out of all tokens: one query with heads, one score per token (`scalar`), a transformer's
     attention pooling with MLP (`map`), the mean, or a class token that goes along."""
     dropout: Fraction = 0.0
+    """Share of elements that are dropped after the embedding and in all branches; 0: none. The paper does not
+    say where the dropout of its Table 10 stands."""
     stochastic_depth: Fraction = 0.0
+    """Share of branches that are dropped at the last layer; linearly fewer before (arXiv 1603.09382, §3)."""
     scale_up: ScaleUp | None = None
+    """A large model out of a small one's tubes and an image model; null: all of it is trained as it is."""
 
     @model_validator(mode="after")
     def _options_fit_together(self) -> Model:

@@ -14,12 +14,12 @@ from typing import Annotated, Literal
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from framework.data.limits import DECODE_SECONDS, READ_SECONDS
-from framework.recipe.augment_sections import ColorJitter, ScaleJitter
+from framework.recipe.augment_sections import Augment, ColorJitter, RandAugment, ScaleJitter
 from framework.recipe.cache_section import Cache, ShardFolder
 from framework.recipe.checkpoint_section import Best, Checkpoint, check_best
 from framework.recipe.clip_section import Clip
 from framework.recipe.guard_sections import Guards
-from framework.recipe.init_sections import ImageInit
+from framework.recipe.init_sections import ImageInit, Init
 from framework.recipe.model_sections import (
     AnyModel,
     Model,
@@ -83,35 +83,6 @@ __all__ = [
 ]
 
 
-class RandAugment(Section):
-    """RandAugment, the same operations on every frame of a clip (TubeViT Table 10: 2, magnitude 10)."""
-
-    layers: Positive = 2
-    magnitude: Annotated[float, Field(ge=0, le=30)] = 10.0
-
-
-class Augment(Section):
-    """Random changes of training samples; evaluation takes fixed views instead."""
-
-    crop_area: tuple[Fraction, Fraction] = (0.25, 1.0)
-    """Range of the crop's share of the frame's area."""
-    crop_ratio: tuple[float, float] = (0.75, 1.3333)
-    """Range of the crop's width divided by its height."""
-    flip: Fraction = 0.5
-    """Probability of mirroring left and right; 0 where left and right carry meaning."""
-    randaugment: RandAugment | None = None
-    color_jitter: ColorJitter | None = None
-    scale_jitter: ScaleJitter | None = None
-
-    @model_validator(mode="after")
-    def _ranges_are_ranges(self) -> Augment:
-        for name, (low, high) in (("crop_area", self.crop_area), ("crop_ratio", self.crop_ratio)):
-            if not 0 < low <= high:
-                text = f"must be two numbers greater than 0, the smaller one first, not [{low}, {high}]"
-                raise BrokenRule(text, name)
-        return self
-
-
 class Source(Labelled):
     """One stream of samples: which data set of which shards, and how its samples become tensors."""
 
@@ -122,19 +93,24 @@ class Source(Labelled):
     dataset: str | None = None
     """Data set inside mixed shards; by default the one named like the source, or the only one."""
     kind: Literal["video", "image"]
+    """Whether a sample is a clip, or an image, which the models read as a clip of one frame."""
     size: Annotated[int, Field(gt=0, le=100_000)] = 224
-    """Height and width of the crop in pixels."""
+    """Height and width in pixels to which every crop is resized."""
     clip: Clip | None = None
+    """Which frames of a video make a sample; null for images."""
     still: Literal["random", "center"] | None = None
     """An image source may take a frame of each video of a video data set: a random one, or the middle."""
     augment: Augment = Augment()
+    """Random crops, flips and colours in training."""
     repeats: Annotated[int, Field(ge=1, le=1_000)] = 1
     """Views that a step has of each of its samples, from one decoding (Hoffer et al., 2020, "Augment your
     batch"): of `mixture` 512 and `repeats` 2 a step has 256 samples."""
     label_smoothing: Fraction = 0.0
+    """Share of a label that is spread evenly over all classes (arXiv 1512.00567, §7); 0: none."""
     mixup: Annotated[float, Field(ge=0)] = 0.0
     """Alpha of the Beta distribution; 0 is off."""
     loss_weight: Annotated[float, Field(ge=0)] = 1.0
+    """Factor of the source's mean loss in the sum over sources; 0: it is measured, and not learned from."""
     beton: Folder | None = None
     """Images: an FFCV file of these samples (`tubeworks data export-ffcv`), read in place of the shards."""
     validation_beton: Folder | None = None
@@ -167,7 +143,9 @@ class Data(Section):
     """The sources, and how many rows of each make one global step: samples, times their `repeats`."""
 
     sources: Annotated[dict[Name, Source], Field(min_length=1)]
+    """The sources by name; one that is not in `mixture` has a classifier, and is never read."""
     mixture: Annotated[dict[Name, Few], Field(min_length=1)]
+    """Rows of each source in a step, all ranks and micro-batches together."""
     block: Positive = 1024
     """Samples of a lane that are shuffled together (see `framework.data.plan`)."""
     workers: Annotated[int, Field(ge=0, le=1_000)] = 2
@@ -183,6 +161,7 @@ class Data(Section):
     max_corrupt: NonNegative = 100
     """With `substitute`: stop all the same when an attempt finds more corrupt samples, on all ranks."""
     cache: Cache = Cache()
+    """Where shards of remote stores are kept on a node."""
 
     @field_validator("mixture")  # of the field, so that it is looked at whatever else is wrong
     @classmethod
@@ -224,39 +203,54 @@ class Train(Section):
     """Length and rhythm of training."""
 
     steps: Annotated[int, Field(gt=0, le=1_000_000_000)]
+    """Steps of the whole run, interruptions or not; each takes the mixture and updates the weights once."""
     accumulation: Few = 1
     """Micro-batches per step and rank: the global batch is cut by ranks x accumulation."""
     activation_checkpointing: bool = False
+    """Compute blocks again in the backward pass instead of keeping their activations: less memory for about
+    a third more operations."""
     compile: bool = False
     """Compile the encoder's blocks (ZeRO 0 to 2); the first step then takes about a minute longer."""
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """d of the weights' moving average a, which after each update is d a + (1 - d) w; null: there is none.
+    Evaluations during training take the weights w; `tubeworks eval`, `predict` and `export` the average."""
     log_every: Positive = 10
+    """Steps between lines of the journal, which are also when `guards` look; the last step has one, too."""
     eval_every: NonNegative = 0
     """Steps between evaluations on the held-out shards; 0: only at the end."""
 
 
 class Optimizer(Section):
-    """The optimizer; `clip` is the largest global gradient norm, None leaves gradients alone."""
+    """What moves the weights."""
 
     name: Literal["adamw", "adam", "sgd"] = "adamw"
+    """AdamW (arXiv 1711.05101), Adam (arXiv 1412.6980), or stochastic gradient descent with momentum."""
     lr: Annotated[float, Field(gt=0)]
+    """Learning rate at the end of the warm-up, which is the highest; `schedule` says the rest."""
     betas: tuple[Decay, Decay] = (0.9, 0.999)
+    """Decay of the averages of gradients and of their squares (Adam, Algorithm 1); sgd has none."""
     eps: Annotated[float, Field(gt=0)] = 1e-8
+    """Added to the root of the averaged squares that updates are divided by (Adam, Algorithm 1); not sgd."""
     momentum: Fraction = 0.9
+    """Decay of the sum of gradients that sgd steps along; 0: the gradient alone. Others do not look at it."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """Decoupled for adamw, added to the gradient for adam and sgd; not on biases, norms and vectors."""
+    """Decoupled for adamw, added to the gradient for adam and sgd; not on biases, norms, learned positions
+    and the queries of poolings."""
     clip: Annotated[float, Field(gt=0)] | None = 1.0
+    """Largest norm of all gradients together; larger ones are scaled down to it. null: left alone."""
 
 
 class Schedule(Section):
-    """Linear warm-up, then the named decay to `final` x lr."""
+    """The learning rate: linear warm-up to `optimizer.lr`, then what `name` says."""
 
     name: Literal["cosine", "constant"] = "cosine"
+    """Half a cosine down to `final` (TubeViT Table 10), or the same rate to the end."""
     warmup: NonNegative = 0
-    """Steps of linear warm-up."""
+    """Steps of linear warm-up; 0: none."""
     warmup_epochs: Annotated[float, Field(gt=0)] | None = None
     """The same in epochs of the mixture's first source, instead of `warmup`."""
     final: Fraction = 0.0
+    """Share of `optimizer.lr` at which the cosine ends; `constant` does not look at it."""
 
     @model_validator(mode="after")
     def _one_warmup(self) -> Schedule:
@@ -270,10 +264,15 @@ class Engine(Section):
     """DeepSpeed: what is sharded over the ranks, and in which numbers it computes."""
 
     zero: Annotated[int, Field(ge=0, le=3)] = 1
+    """Stage of ZeRO (arXiv 1910.02054, §5), what ranks share out: nothing (0), the optimizer's states (1),
+    gradients too (2), parameters too (3)."""
     precision: Literal["fp32", "bf16"] = "bf16"
+    """Numbers of the forward and backward pass; the optimizer has weights and moments in fp32 either way."""
     offload: Literal["none", "optimizer", "all"] = "none"
     """Keep the optimizer's states (ZeRO-1 to 3), or also the parameters (ZeRO-3), in host memory."""
     bucket_mb: Few = 200
+    """Largest piece in which gradients are summed over ranks, and with ZeRO-3 parameters fetched, in MiB of
+    fp32 numbers. Without effect under ZeRO-0, and under ZeRO-1 in bf16 without offload."""
 
     @model_validator(mode="after")
     def _offload_needs_sharding(self) -> Engine:
@@ -292,70 +291,59 @@ class Evaluation(Section):
     """Views of a held-out sample and how many samples go through the model at once."""
 
     temporal_views: Few = 4
+    """Clips of a video, spread evenly over it; an image has one. The paper takes 4 x 3 views (TubeViT §4)."""
     spatial_views: Literal[1, 3] = 3
+    """Square crops of a clip: the middle one, or three from one end of its long side to the other."""
     batch: Few = 16
     """Samples per forward pass and rank."""
-
-
-class Init(Section):
-    """Where weights come from when a run starts; a run that has a checkpoint goes on from that."""
-
-    weights: Folder | None = None
-    """Another run (its newest valid checkpoint), or one checkpoint of it: all weights of the same model;
-    classifiers are taken where source and number of classes agree, and are new otherwise."""
-    tubes: Folder | None = None
-    """For `model.scale_up`: a run of a small TubeViT, whose tubes are taken and nothing else."""
-    encoder: Folder | None = None
-    """For `model.scale_up`: a run of the large model on images, whose 2D patches and encoder are taken."""
-    image: ImageInit | None = None
-    """For video models: a run of a `vit`, whose patches, places and encoder are taken."""
-    ema: bool = False
-    """Take the moving averages of the weights."""
-
-    @model_validator(mode="after")
-    def _says_where_from(self) -> Init:
-        if (self.tubes is None) != (self.encoder is None):
-            missing = "encoder" if self.encoder is None else "tubes"
-            raise BrokenRule(
-                "is missing; a scale-up takes `tubes` from one run and `encoder` from another", missing
-            )
-        if [self.weights, self.tubes, self.image].count(None) != 2:
-            raise ValueError(
-                "needs `weights` (a run of the same model, or one of its checkpoints), `image` (a run of a "
-                "vit) or, for a scale-up, `tubes` and `encoder`; only one: `null` unsets what a base says"
-            )
-        return self
 
 
 class Tracking(Section):
     """The MLflow mirror of the journal."""
 
     mlflow: bool = True
+    """Whether there is one; the journal is written in any case."""
     uri: str | None = None
     """Tracking server; None: `sqlite:///mlflow.db` beside the run folder (local disks only)."""
     experiment: str = "tubeworks"
+    """Experiment of MLflow that the run belongs to; it is made where there is none of this name."""
     system_metrics: bool = True
+    """Journal and mirror also have processor, memory, disk and accelerators of the first rank's node."""
 
 
 class Recipe(Section):
     """A whole run."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,127}$")]
+    """Names the run in MLflow, and its folder, `runs/NAME`, where `--run` names no other."""
     description: str = ""
+    """One line for `tubeworks recipe list`, MLflow and the card of an exported model."""
     published: dict[str, str] = Field(default_factory=dict)
     """The result that the run should give, and where it was published."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Decides all that is random: first weights, order of samples, clips, crops, mixup, what is dropped."""
     model: ModelSection
+    """What is built; `name` decides which keys there are."""
     init: Init | None = None
+    """Where the weights of a new run come from; null: they are random."""
     data: Data
+    """What is learned from."""
     optimizer: Optimizer
+    """What moves the weights."""
     train: Train
+    """How long, and how often it reports."""
     schedule: Schedule = Schedule()
+    """How the learning rate changes."""
     engine: Engine = Engine()
+    """How DeepSpeed computes it."""
     checkpoint: Checkpoint = Checkpoint()
+    """When the state is saved, and what stays."""
     guards: Guards = Guards()
+    """When a training that goes wrong ends by itself."""
     evaluation: Evaluation = Evaluation()
+    """How held-out samples are looked at."""
     tracking: Tracking = Tracking()
+    """What MLflow gets to see."""
 
     @model_validator(mode="after")
     def _warmup_fits(self) -> Recipe:
