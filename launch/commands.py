@@ -11,9 +11,9 @@ from typing import Annotated, Any, Literal, Optional
 
 import typer
 
-from data_tools.cli_options import AsJson, grouped
+from data_tools.cli_options import AsJson, grouped, refuse_given
 from framework.wording import counted
-from launch.wishes import Wishes
+from launch.wishes import QueueWishes, Wishes
 
 __all__ = ["app"]
 
@@ -45,7 +45,10 @@ def submit(
     overrides: Overrides = None,
     run: RunFolder = None,
     site: Site = None,
-    local: Annotated[bool, typer.Option("--local", help="Train on this machine, the same way.")] = False,
+    local: Annotated[
+        bool,
+        typer.Option("--local", help="Train on this machine, the same way, on --ranks-per-node ranks."),
+    ] = False,
     array: Annotated[
         Optional[list[str]],  # noqa: UP045
         typer.Option(metavar="KEY=VALUE,VALUE", help="A run for each value (of several keys: combination)."),
@@ -60,6 +63,9 @@ def submit(
 
         _say_swept(submit_sweep(recipe, overrides or [], array, wishes, site, run), as_json)
         return
+    if local:
+        why = "asked of Slurm, but --local trains on this machine; --ranks-per-node goes with both"
+        refuse_given(wishes.of_slurm(), why)
     from launch.submit import prepare_run, submit_prepared
 
     submission = prepare_run(recipe, overrides or [], wishes, site, run, local=local)
@@ -191,7 +197,7 @@ def cancel(run: Run, as_json: AsJson = False) -> None:
 @grouped
 def shard(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The --out of `data shard … --plan-only`.")],
-    wishes: Wishes,
+    wishes: QueueWishes,
     tasks: Annotated[int, typer.Option(min=1, max=1000, help="Jobs of the array.")] = 8,
     workers: Annotated[int, typer.Option(min=1, help="Processes of each, a core for each.")] = 4,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder OUT.")] = False,

@@ -1,4 +1,4 @@
-"""`launch logs`, `launch cancel` and `launch status --watch`: what goes on while a job runs."""
+"""`launch logs` and `launch cancel`: read what a job writes, and end it."""
 
 from __future__ import annotations
 

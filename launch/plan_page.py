@@ -1,4 +1,4 @@
-"""What `tubeworks launch plan` and `launch doctor` print, for people."""
+"""What `tubeworks launch plan` prints, for people."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def _whole(plan: Plan) -> str:
     if plan.hours is None:
         return "unknown"
     unit = "GPU-hours" if plan.submission.gpus_per_node else "rank-hours"
-    jobs = f", {plan.jobs} time limit(s)" if plan.jobs is not None else ""
+    jobs = f", {counted(plan.jobs, 'time limit')}" if plan.jobs is not None else ""
     return f"{plan.hours:.3g} h, {plan.gpu_hours:.3g} {unit}{jobs}"
 
 

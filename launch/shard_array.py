@@ -18,7 +18,7 @@ from launch.site import load_site, minutes
 from launch.snapshot import take_snapshot
 from launch.submission import Submission
 from launch.submit import executor_of, slurm_errors
-from launch.wishes import Wishes
+from launch.wishes import QueueWishes
 
 __all__ = ["ShardJobs", "finish", "make_part", "submit_shards"]
 
@@ -47,7 +47,7 @@ def submit_shards(
     out: Path,
     tasks: int,
     workers: int,
-    wishes: Wishes,
+    wishes: QueueWishes,
     site_file: Path | None = None,
     *,
     overwrite: bool = False,
@@ -112,7 +112,9 @@ def finish(out: str, workers: int, overwrite: bool) -> None:
     log.info("%s is complete", out)
 
 
-def _submission(folder: Path, name: str, workers: int, wishes: Wishes, site_file: Path | None) -> Submission:
+def _submission(
+    folder: Path, name: str, workers: int, wishes: QueueWishes, site_file: Path | None
+) -> Submission:
     """What each job asks for: one task on one node with a core for each worker."""
     site = load_site(site_file)
     said = site.model_dump() | wishes.given()

@@ -309,10 +309,10 @@ def check_recipe(recipe: Recipe, submission: Submission) -> None:
     Errors:
         RecipeError: a tube has nothing to read, patches do not divide the clips of a run that is new, the
             ranks cannot share the batch, or there is no such run as `init` names.
-        DataError: shards that cannot be opened.
+        DataError: shards that cannot be opened, or do not fit the recipe.
     """
-    from framework.data.manifest import Manifest
     from framework.data.plan import check_shares
+    from framework.data.sources import build_plan, open_sources
     from framework.recipe.patches import check_clips_are_divided
     from framework.recipe.tube_sets import check_tubes_are_read
     from framework.training.run_place import has_begun
@@ -326,11 +326,8 @@ def check_recipe(recipe: Recipe, submission: Submission) -> None:
         for folder in filter(None, (recipe.init.weights, recipe.init.tubes, recipe.init.encoder, image)):
             if not any((Path(folder) / name).is_file() for name in ("recipe.yaml", MANIFEST)):
                 raise RecipeError(f"init: {folder} is neither a run nor a checkpoint of one; train it first")
-    for name in recipe.data.mixture:
-        source = recipe.data.sources[name]
-        Manifest.open(source.path)
-        if source.validation is not None:
-            Manifest.open(source.validation)
+    build_plan(recipe, open_sources(recipe))
+    open_sources(recipe, "validation")
 
 
 def check_folder(folder: Path, recipe: Recipe) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from framework.errors import SchedulerError, TubeworksError
+from framework.errors import PeerLost, SchedulerError, TubeworksError
 from framework.training.supervision import Supervision
 from framework.world import World
 from launch import slurm
@@ -49,7 +49,7 @@ def exit_code_of(error: TubeworksError | None, code: int, world: World, run: Pat
     """
     if world.is_main or supervision_of(run) is None or slurm.own_job_id() is None:
         return code
-    together = error is None or 1 < error.exit_code != 6
+    together = error is None or 1 < error.exit_code != PeerLost.exit_code
     return 0 if together else code
 
 

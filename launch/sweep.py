@@ -1,4 +1,4 @@
-"""`launch submit --array "train.lr=1e-4,3e-4"`: one run for each combination of values, one array of jobs.
+"""`launch submit --array "optimizer.lr=1e-4,3e-4"`: a run for each combination of values, one array of jobs.
 
 SWEEP/sweep.json   the elements: overrides and folder of each, the array's job, the parent MLflow run
 SWEEP/NAME/        the run folder of an element, complete: it can be watched, cancelled, resubmitted alone
@@ -53,7 +53,7 @@ def elements_of(array: Sequence[str]) -> list[Element]:
         key, equals, rest = text.partition("=")
         values = [value.strip() for value in _split(rest)]
         if not (equals and key.strip() and all(values)):
-            raise RecipeError(f'--array {text}: write KEY=VALUE,VALUE, such as "train.lr=1e-4,3e-4"')
+            raise RecipeError(f'--array {text}: write KEY=VALUE,VALUE, such as "optimizer.lr=1e-4,3e-4"')
         if key.strip() in keys or len(set(values)) < len(values):
             raise RecipeError(f"--array {text}: a key or a value comes twice")
         keys[key.strip()] = values

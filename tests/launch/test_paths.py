@@ -36,3 +36,24 @@ def test_a_run_that_it_starts_from_must_be_there(tmp_path: Path) -> None:
     (origin / "recipe.yaml").touch()
     with pytest.raises(DataError, match="none"):
         check_recipe(recipe, submission)
+
+
+def test_shards_that_do_not_fit_the_recipe_are_no_job(tmp_path: Path) -> None:
+    """It would wait in the queue for nothing: training refuses such shards at its start."""
+    from data_tools.synth import SynthOptions, synthesize
+
+    synthesize(SynthOptions(tmp_path / "set", 32, 16, 8, 2, 8, 2, 0, 1, False))
+    recipe = tmp_path / "job.yaml"
+    source = f"{{path: {tmp_path}/set/train, kind: image, classes: 10, size: 32}}"
+    recipe.write_text(
+        "name: job\nmodel: {name: vit_ti}\n"
+        f"data: {{sources: {{digits: {source}}}, mixture: {{digits: 4}}}}\n"
+        "optimizer: {lr: 1e-3}\ntrain: {steps: 10}\n"
+    )
+    submission = Submission(str(tmp_path / "run"), "job")
+    check_recipe(load_recipe(str(recipe)).recipe, submission)
+    with pytest.raises(DataError, match="has 10 classes, the recipe says 9"):
+        check_recipe(load_recipe(str(recipe), ["data.sources.digits.classes=9"]).recipe, submission)
+    held_out = load_recipe(str(recipe), [f"data.sources.digits.validation={tmp_path}/gone"]).recipe
+    with pytest.raises(DataError, match="gone"):
+        check_recipe(held_out, submission)
