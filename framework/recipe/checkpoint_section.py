@@ -34,7 +34,7 @@ class Checkpoint(Section):
     keep_every: NonNegative = 0
     """Checkpoints at multiples of this step stay for ever; 0: none."""
     best: Best | None = None
-    """These stay besides."""
+    """These stay besides; null: none."""
 
 
 def check_best(checkpoint: Checkpoint, log_every: int, eval_every: int) -> None:

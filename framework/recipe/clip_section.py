@@ -19,9 +19,9 @@ class Clip(Section):
     frames: Few
     """Frames of a clip."""
     stride: Positive | None = None
-    """From one frame of the clip to the next, in decoded frames; null where `fps` says it."""
+    """From one frame of the clip to the next, in decoded frames; null with `fps`, `uniform` and `random`."""
     fps: Annotated[float, Field(gt=0)] | None = None
-    """Frames of the clip for each second of the video; null where `stride` says it."""
+    """Frames of the clip for each second of the video; null with `stride`, `uniform` and `random`."""
     sampling: Sampling = "dense"
     """`dense`: frames in steps of `stride` or `fps` from a random place on (SlowFast, arXiv 1812.03982);
     `center`: the same from the middle, always; `uniform`: one frame of each of `frames` equal parts of the

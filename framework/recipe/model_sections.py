@@ -113,7 +113,7 @@ class Model(Section):
     stochastic_depth: Fraction = 0.0
     """Share of branches that are dropped at the last layer; linearly fewer before (arXiv 1603.09382, §3)."""
     scale_up: ScaleUp | None = None
-    """A large model out of a small one's tubes and an image model; null: all of it is trained as it is."""
+    """A large model out of a small one's tubes and an image model; null: a plain TubeViT."""
 
     @model_validator(mode="after")
     def _options_fit_together(self) -> Model:

@@ -108,7 +108,7 @@ class Source(Labelled):
     label_smoothing: Fraction = 0.0
     """Share of a label that is spread evenly over all classes (arXiv 1512.00567, §7); 0: none."""
     mixup: Annotated[float, Field(ge=0)] = 0.0
-    """Alpha of the Beta distribution; 0 is off."""
+    """Alpha of mixup's Beta distribution (arXiv 1710.09412, §2); 0 is off."""
     loss_weight: Annotated[float, Field(ge=0)] = 1.0
     """Factor of the source's mean loss in the sum over sources; 0: it is measured, and not learned from."""
     beton: Folder | None = None
@@ -215,7 +215,7 @@ class Train(Section):
     """d of the weights' moving average a, which after each update is d a + (1 - d) w; null: there is none.
     Evaluations during training take the weights w; `tubeworks eval`, `predict` and `export` the average."""
     log_every: Positive = 10
-    """Steps between lines of the journal, which are also when `guards` look; the last step has one, too."""
+    """Steps between lines of the journal, the last step besides; `guards.collapse` and `.dead` look then."""
     eval_every: NonNegative = 0
     """Steps between evaluations on the held-out shards; 0: only at the end."""
 
@@ -234,8 +234,8 @@ class Optimizer(Section):
     momentum: Fraction = 0.9
     """Decay of the sum of gradients that sgd steps along; 0: the gradient alone. Others do not look at it."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """Decoupled for adamw, added to the gradient for adam and sgd; not on biases, norms, learned positions
-    and the queries of poolings."""
+    """Decoupled for adamw, added to the gradient for adam and sgd; not on vectors (biases, norms, class
+    tokens, …), learned positions and the queries of poolings."""
     clip: Annotated[float, Field(gt=0)] | None = 1.0
     """Largest norm of all gradients together; larger ones are scaled down to it. null: left alone."""
 
@@ -291,7 +291,7 @@ class Evaluation(Section):
     """Views of a held-out sample and how many samples go through the model at once."""
 
     temporal_views: Few = 4
-    """Clips of a video, spread evenly over it; an image has one. The paper takes 4 x 3 views (TubeViT §4)."""
+    """Clips of a video, spread evenly over it; an image has one. TubeViT's tables have 4 x 3 views."""
     spatial_views: Literal[1, 3] = 3
     """Square crops of a clip: the middle one, or three from one end of its long side to the other."""
     batch: Few = 16
@@ -302,9 +302,9 @@ class Tracking(Section):
     """The MLflow mirror of the journal."""
 
     mlflow: bool = True
-    """Whether there is one; the journal is written in any case."""
+    """Whether the journal is mirrored to MLflow; it is written in any case."""
     uri: str | None = None
-    """Tracking server; None: `sqlite:///mlflow.db` beside the run folder (local disks only)."""
+    """Tracking server; null: `sqlite:///mlflow.db` beside the run folder (local disks only)."""
     experiment: str = "tubeworks"
     """Experiment of MLflow that the run belongs to; it is made where there is none of this name."""
     system_metrics: bool = True
@@ -315,7 +315,7 @@ class Recipe(Section):
     """A whole run."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,127}$")]
-    """Names the run in MLflow, and its folder, `runs/NAME`, where `--run` names no other."""
+    """Names the run in MLflow, and its folder in `runs` where `--run` names no other."""
     description: str = ""
     """One line for `tubeworks recipe list`, MLflow and the card of an exported model."""
     published: dict[str, str] = Field(default_factory=dict)

@@ -231,7 +231,7 @@ def test_the_command_says_what_was_sent(runs: Path, recipe_for: MakeRecipe) -> N
     (run / "recipe.yaml").write_text(dump_yaml(recipe_for()))
     command = [sys.executable, "-m", "launch.cli", "sync"]
     done = subprocess.run([*command, str(run)], capture_output=True, text=True, check=True)
-    assert f"sent 1 points and 1 files of {run}" in done.stdout
+    assert f"sent 1 point and 1 file of {run}" in done.stdout
     refused = subprocess.run([*command, str(runs)], capture_output=True, text=True, check=False)
     assert refused.returncode == 1
     assert "not the folder of a run" in refused.stderr
