@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -83,7 +83,7 @@ def plan_run(
 
     Errors:
         RecipeError: the recipe, the site file, a wish or the hardware.
-        DataError: shards that are not there.
+        DataError: shards that are not there, or do not fit the recipe.
         SchedulerError: no Slurm, or its controller does not answer.
     """
     from framework.recipe import load_recipe
@@ -93,7 +93,7 @@ def plan_run(
     resolved = with_absolute_paths(load_recipe(recipe, overrides).recipe, Path.cwd())
     folder = (run or Path(site.runs) / resolved.name).resolve()
     submission = plan_submission(resolved, wishes, site, folder)
-    check_recipe(fitted(resolved, folder, submission.ranks), submission)
+    samples = check_recipe(fitted(resolved, folder, submission.ranks), submission)
     known = partitions()
     problems = _Problems()
     problems.attempt(lambda: check_writable(folder))
@@ -107,7 +107,7 @@ def plan_run(
     free, kept = _free_bytes(folder), _kept(resolved)
     problems.attempt(lambda: _check_space(folder, pace.bytes * kept, free))
     done = min(newest_step(folder), resolved.train.steps)
-    figures = _reach(resolved, submission, pace, done)
+    figures = _reach(resolved, submission, pace, done, samples)
     return Plan(
         submission=submission,
         script=script,
@@ -203,8 +203,10 @@ def _estimate(script: str) -> slurm.Estimate:
         return slurm.estimate(path)
 
 
-def _reach(recipe: Recipe, submission: Submission, pace: Pace, done: int) -> dict[str, Any]:
-    """How far one time limit goes, and what the whole run costs."""
+def _reach(
+    recipe: Recipe, submission: Submission, pace: Pace, done: int, samples: Mapping[str, int]
+) -> dict[str, Any]:
+    """How far one time limit goes, and what the whole run costs; `samples` are those of each source."""
     left = recipe.train.steps - done
     if pace.step is None:
         return dict.fromkeys(("reachable", "epochs", "jobs", "hours", "gpu_hours"))
@@ -214,18 +216,11 @@ def _reach(recipe: Recipe, submission: Submission, pace: Pace, done: int) -> dic
     hours = left * one / 3600
     return {
         "reachable": reachable,
-        "epochs": _epochs(recipe, reachable),
+        "epochs": {name: reachable * count / samples[name] for name, count in recipe.data.samples.items()},
         "jobs": -(-left // steps) if steps else None,
         "hours": hours,
         "gpu_hours": hours * submission.ranks,
     }
-
-
-def _epochs(recipe: Recipe, steps: int) -> dict[str, float]:
-    from framework.data.sources import open_sources
-
-    opened = open_sources(recipe)
-    return {name: steps * recipe.data.samples[name] / len(source) for name, source in opened.items()}
 
 
 def _kept(recipe: Recipe) -> int:

@@ -7,15 +7,17 @@ import os
 import shlex
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
-from framework.errors import RecipeError, SchedulerError, TubeworksError
+from framework.errors import DataError, RecipeError, SchedulerError, TubeworksError
 from framework.recipe.schema import Recipe
 from framework.training.checkpoint_manifest import MANIFEST
 from framework.training.elastic import fitted
+from framework.world import World
 from launch import slurm
 from launch.bad_nodes import avoided_nodes
 from launch.site import Site, load_site, minutes
@@ -51,7 +53,7 @@ def prepare_run(
 
     Errors:
         RecipeError: the recipe, the site file, or a wish.
-        DataError: shards that are not there.
+        DataError: shards that are not there, or do not fit the recipe.
         TubeworksError: a job or a training works on the folder already.
         CheckpointError: the folder cannot be written.
         SchedulerError: no Slurm, or its controller does not answer.
@@ -100,21 +102,13 @@ def plan_submission(
     if isinstance(said["container"], str):
         container = {**(site.container.model_dump() if site.container else {}), "image": said["container"]}
     check_name(folder, in_container=container is not None, local=local)
-    names = (
-        "nodes",
-        "gpus_per_node",
-        "memory_per_node",
-        "partition",
-        "account",
-        "qos",
-        "constraint",
-        "exclude",
-        "preflight",
-    )
-    names += ("signal_seconds", "max_requeues", "max_crashes", "environment", "sbatch", "cpus_per_rank")
+    names = ("gpus_per_node", "memory_per_node", "partition", "account", "qos", "constraint", "exclude")
+    names += ("preflight", "signal_seconds", "max_requeues", "max_crashes", "environment", "sbatch")
+    names += ("cpus_per_rank",)
     return Submission(
         run=str(folder),
         name=recipe.name,
+        nodes=1 if local else said["nodes"],  # the site's are those of jobs
         ranks_per_node=said["ranks_per_node"] or said["gpus_per_node"] or 1,
         minutes=limit,
         container=container,
@@ -303,16 +297,17 @@ def refuse_if_active(folder: Path) -> None:
         )
 
 
-def check_recipe(recipe: Recipe, submission: Submission) -> None:
+def check_recipe(recipe: Recipe, submission: Submission) -> dict[str, int]:
     """What would otherwise fail after hours in the queue: tubes, clips, batch and ranks, runs and shards.
+
+    Returns how many samples each source has.
 
     Errors:
         RecipeError: a tube has nothing to read, patches do not divide the clips of a run that is new, the
-            ranks cannot share the batch, or there is no such run as `init` names.
+            ranks cannot share the batch, there is no such run as `init` names, or see `check_data`.
         DataError: shards that cannot be opened, or do not fit the recipe.
     """
     from framework.data.plan import check_shares
-    from framework.data.sources import build_plan, open_sources
     from framework.recipe.patches import check_clips_are_divided
     from framework.recipe.tube_sets import check_tubes_are_read
     from framework.training.run_place import has_begun
@@ -326,8 +321,59 @@ def check_recipe(recipe: Recipe, submission: Submission) -> None:
         for folder in filter(None, (recipe.init.weights, recipe.init.tubes, recipe.init.encoder, image)):
             if not any((Path(folder) / name).is_file() for name in ("recipe.yaml", MANIFEST)):
                 raise RecipeError(f"init: {folder} is neither a run nor a checkpoint of one; train it first")
-    build_plan(recipe, open_sources(recipe))
-    open_sources(recipe, "validation")
+    return check_data(recipe if submission.local else with_cache_here(recipe), submission)
+
+
+def check_data(recipe: Recipe, submission: Submission) -> dict[str, int]:
+    """Look at the data as a training does at its start; returns how many samples each source has.
+
+    Errors:
+        RecipeError: a warm-up in epochs that is as long as the training, mixup of an odd number of samples,
+            or a cache that is too small for what the plan needs at a time.
+        DataError: shards that cannot be opened, or do not fit the recipe.
+    """
+    from framework.data.sources import build_plan, open_sources
+
+    sources, held_out = open_sources(recipe), open_sources(recipe, "validation")
+    plan = build_plan(recipe, sources)
+    samples = {name: len(source) for name, source in sources.items()}
+    # torch comes with these: whatever can be refused without it is refused before
+    from framework.data.prefetch import check_cache
+    from framework.training.losses import check_mixing
+    from framework.training.optim import resolve_schedule
+
+    resolve_schedule(recipe, samples)
+    check_mixing(recipe, submission.ranks)
+    world = World(0, submission.ranks, 0, submission.ranks_per_node)
+    # a DataError is about room on this machine's disk, which says nothing of the nodes': they look again
+    with suppress(DataError):
+        check_cache(recipe, sources, held_out, plan, world)
+    return samples
+
+
+def with_cache_here(recipe: Recipe) -> Recipe:
+    """The recipe with the default cache where its own cannot be written here: it may be a disk of the nodes.
+
+    Before a submission nothing but the tables of samples goes through it.
+    """
+    settings, sources = recipe.data.cache, [recipe.data.sources[name] for name in recipe.data.mixture]
+    remote = any("://" in place for one in sources for place in (one.path, one.validation) if place)
+    if settings.folder is None or not remote:
+        return recipe
+    folder = Path(settings.folder).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            return recipe
+    except OSError as error:
+        log.warning(
+            "data.cache.folder: %s cannot be written on this machine (%s), where tables of samples go to the "
+            "default cache now; make sure that the nodes can write it",
+            folder,
+            error.strerror,
+        )
+    cache = settings.model_copy(update={"folder": None})
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"cache": cache})})
 
 
 def check_folder(folder: Path, recipe: Recipe) -> None:

@@ -11,7 +11,10 @@ from typer.testing import CliRunner
 from framework.errors import RecipeError
 from framework.recipe import load_recipe
 from launch.cli import app
+from launch.site import Site
+from launch.submit import plan_submission
 from launch.sweep import elements_of
+from launch.wishes import Wishes
 
 
 def refusal(*arguments: str) -> str:
@@ -27,6 +30,13 @@ def test_what_only_slurm_can_grant_is_refused_for_this_machine(tmp_path: Path) -
     )
     assert "--nodes: asked of Slurm" in refusal("submit", *run, "--nodes", "2")
     assert not (tmp_path / "run").exists()
+
+
+def test_the_nodes_of_a_site_are_not_this_machine() -> None:
+    recipe, site = load_recipe("demo").recipe, Site(nodes=4, ranks_per_node=2)
+    here = plan_submission(recipe, Wishes(), site, Path("/runs/a"), local=True)
+    assert (here.nodes, here.ranks) == (1, 2)
+    assert plan_submission(recipe, Wishes(), site, Path("/runs/a")).ranks == 8
 
 
 @pytest.mark.parametrize("option", ["--nodes", "--gpus-per-node", "--ranks-per-node", "--container"])
