@@ -16,12 +16,12 @@ from framework.training.elastic import fitted
 from launch import slurm
 from launch.pace import Pace, pace_of
 from launch.partitions import Partition, choose_partition, partitions
+from launch.recipe_check import check_recipe
 from launch.site import load_site
 from launch.submission import Submission, newest_step
 from launch.submit import (
     batch_script,
     check_folder,
-    check_recipe,
     plan_submission,
     refuse_if_active,
 )

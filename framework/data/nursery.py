@@ -26,7 +26,8 @@ from typing import Any
 import torch
 
 from framework.data import progress
-from framework.data.messages import CLOSE_ON_EXEC, MORE_DESCRIPTORS, Closed, offer, receive, send
+from framework.data.messages import CLOSE_ON_EXEC, MORE_DESCRIPTORS, Closed, receive, send
+from framework.data.shared_memory import offer
 from framework.errors import DataError
 
 __all__ = ["Nursery", "leave_signals_to_the_rank", "worker_memory"]
@@ -43,7 +44,7 @@ Make = Callable[[int], Any]
 class Nursery:
     """Forks workers that answer ("make", (number, memories, kept)) with make(number).
 
-    They may fill the memories (see `messages.offer`); the value of ("told", value) is handed to `told`.
+    They may fill the memories (see `shared_memory.offer`); the value of ("told", value) is handed to `told`.
     """
 
     def __init__(self, make: Make, told: Callable[[Any], None] | None, board: progress.Board) -> None:

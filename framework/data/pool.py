@@ -22,7 +22,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
-from framework.data import messages, progress
+from framework.data import messages, progress, shared_memory
 from framework.data.nursery import Nursery
 from framework.data.progress import Doing
 from framework.errors import DataError, TubeworksError
@@ -143,7 +143,7 @@ def pixel_memory(shape: Sequence[int]) -> torch.Tensor:
     size = math.prod(shape)
     try:
         if progress.in_worker():
-            return messages.shared_memory(size).view(tuple(shape))
+            return shared_memory.shared_memory(size).view(tuple(shape))
         return torch.empty(tuple(shape), dtype=torch.uint8)
     except (RuntimeError, OSError, OverflowError, ValueError) as error:
         text = " x ".join(map(str, shape))
@@ -169,7 +169,7 @@ class _Worker:
     slot: int
     pid: int
     connection: socket.socket
-    tasks: dict[int, list[messages.Memory]] = field(default_factory=dict)
+    tasks: dict[int, list[shared_memory.Memory]] = field(default_factory=dict)
     """Items that it was asked for, in this order, and the memory that it was lent for each."""
     seen: int = -1
     quiet: float = 0.0
@@ -197,7 +197,7 @@ class _Pooled(Items[Item]):
         self._asked = 0
         """Items 0 … asked - 1 were given to workers."""
         self._made: dict[int, Any] = {}
-        self._lent = messages.Lent()
+        self._lent = shared_memory.Lent()
         self._deaths: dict[tuple[int, int], int] = {}
         self._losses: dict[int, int] = {}
         self._closed = False

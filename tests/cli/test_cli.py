@@ -8,6 +8,7 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -117,12 +118,23 @@ def test_a_reader_that_leaves_early_is_no_error() -> None:
     assert complaint == b""
 
 
+def wait_until_asleep(pid: int) -> None:
+    """Wait until a process sleeps, as in a call that waits, each time of several that it is looked at."""
+    asleep, deadline = 0, time.monotonic() + 60
+    while asleep < 5:
+        assert time.monotonic() < deadline
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        asleep = asleep + 1 if state == "S" else 0
+        time.sleep(0.05)
+
+
 def test_interrupting_ends_quietly_with_130(tmp_path: Path) -> None:
     pipe = tmp_path / "slow.yaml"
     os.mkfifo(pipe)
     process = subprocess.Popen([*TUBEWORKS, "recipe", "show", str(pipe)], stderr=subprocess.PIPE, text=True)
     # opening a pipe waits for its reader, who then waits for a text that does not come
     writer = os.open(pipe, os.O_WRONLY)
+    wait_until_asleep(process.pid)  # a signal just before the call would be seen after it, which never ends
     process.send_signal(signal.SIGINT)
     _, complaint = process.communicate(timeout=60)
     assert process.returncode == 130

@@ -14,8 +14,8 @@ import pytest
 from framework.errors import DataError, RecipeError
 from framework.recipe import load_recipe
 from framework.recipe.paths import with_absolute_paths
+from launch.recipe_check import check_recipe
 from launch.submission import Submission
-from launch.submit import check_recipe
 
 
 def test_every_path_of_a_recipe_is_absolute(tmp_path: Path) -> None:

@@ -117,7 +117,7 @@ def test_preempted(
         other = take_the_nodes(cluster, 5)
         run.wait(lambda: slurm.show_job(other).state == "RUNNING", "the nodes are not given up")
         given_up = seconds_since(taken)
-        assert mlflow_status(run.folder) in ("RUNNING", "SCHEDULED")
+        assert mlflow_status(run.folder) in ("RUNNING", "SCHEDULED"), run.told()
         run.wait(lambda: slurm.show_job(other).state == "COMPLETED", "the other job does not end")
         free = slurm.show_job(other).ends
         again = run.first_step_at(1)
